@@ -1,0 +1,495 @@
+"""Algorithm 2, and the faster and guided ways to walk from noise to an image.        N8, DDIM, DPM, CFG
+
+One walk; a sampler is one step of it.  PyTorch, batched, on any device: the tables come from ddpm.py in
+float64 and are cast once, and test_math.py holds every step against the NumPy reference.
+
+`python sample.py` draws a sheet of digits from your last checkpoint, or from the one that ships.
+"""
+import functools
+import json
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ddpm
+from data import (DIGITS, Arguments, Progress, duration, load, reported, require_writable, sheet, split,
+                  to_bytes, to_pixels, whole_file, write_png)
+from ddpm import Schedule
+from unet import UNet
+
+COMPLETIONS = 4             # of each digit, with --keep
+LAST, SHIPPED = Path("out/checkpoint.pt"), DIGITS.with_name("digits.pt")
+
+
+# ── Algorithm 2 ───────────────────────────────────────────────────────────────────────────────────
+
+def walk(predict, x_T: Tensor, schedule: Schedule, step, noise) -> Iterator[Tensor]:
+    """x_T, x_{T−1}, …, x_0, one after another                                       Algorithm 2, N4, N8
+
+    predict(x_t, t) → (ε_θ, x̂_0);  step: one of the three below;  noise() → a fresh z, shaped like x_t.
+    """
+    x_t, before = x_T, None                                         # 1: x_T ~ N(0, I)
+    yield x_t
+    for t in range(schedule.T, 0, -1):                              # 2: for t = T, …, 1 do
+        z = noise() if t > 1 else torch.zeros_like(x_t)             # 3:   z ~ N(0, I) if t > 1, else z = 0
+        eps, x0 = predict(x_t, t)
+        x_t = step(x_t, t, eps, x0, before, z, schedule)            # 4:   x_{t−1} = …
+        before = x0
+        yield x_t                                                   # 5: end for, 6: return x_0
+
+
+# ── One step of each sampler: from x_t to x_{t−1} ─────────────────────────────────────────────────
+# eps is ε_θ(x_t, t), x0 the image that it implies by Ho (15), before the x0 of the previous step (None at
+# first), z the fresh noise.  Where steps are skipped, t counts the steps that are left and `schedule` is
+# respaced to them, so ᾱ_{t−1} is always the next noise level and β_t the variance between the two.
+
+def ddpm_step(x_t, t, eps, x0, before, z, schedule, variance="beta"):
+    """x_{t−1} = (x_t − β_t/√(1−ᾱ_t) ε_θ)/√α_t + σ_t z                         Ho (1, 11), N8, V6
+
+    variance: σ_t² is β_t ("beta") or β̃_t ("beta_tilde").
+    """
+    beta, alpha = schedule.beta[t], schedule.alpha[t]
+    sigma2 = beta
+    if variance == "beta_tilde":
+        sigma2 = schedule.one_minus_alpha_bar[t - 1] / schedule.one_minus_alpha_bar[t] * beta
+    return (x_t - beta / schedule.one_minus_alpha_bar[t].sqrt() * eps) / alpha.sqrt() + sigma2.sqrt() * z
+
+
+def ddim_step(x_t, t, eps, x0, before, z, schedule, eta=0.0):
+    """x_{t−1} = √ᾱ_{t−1} x̂_0 + √(1−ᾱ_{t−1}−σ²) ε_θ + σ z                 DDIM: Song et al. (2020) (12, 16)
+
+    σ = η √((1−ᾱ_{t−1})/(1−ᾱ_t)) √(1−ᾱ_t/ᾱ_{t−1}).  η = 0 adds no noise; η = 1 is Ho (6, 7).
+    """
+    rest, rest_next = schedule.one_minus_alpha_bar[t], schedule.one_minus_alpha_bar[t - 1]
+    sigma = eta * (rest_next / rest).sqrt() * schedule.beta[t].sqrt()        # 1 − ᾱ_t/ᾱ_{t−1} = β_t
+    return schedule.alpha_bar[t - 1].sqrt() * x0 + (rest_next - sigma ** 2).sqrt() * eps + sigma * z
+
+
+def dpm_step(x_t, t, eps, x0, before, z, schedule):
+    """x_{t−1} = σ_{t−1}/σ_t x_t − √ᾱ_{t−1} (e^{−h} − 1) D           DPM-Solver++(2M): Lu et al. (2022)
+
+    σ = √(1−ᾱ), λ = ln(√ᾱ/σ), h = λ_{t−1} − λ_t, r = h_before/h, D = (1 + 1/(2r)) x̂_0 − 1/(2r) x̂_0 before.
+    The first step knows no x̂_0 before its own, and the last ends at λ = ∞: there D = x̂_0.
+    """
+    if t == 1:
+        return x0
+    alpha_bar, sigma = schedule.alpha_bar, schedule.one_minus_alpha_bar.sqrt()
+    lambda_ = (alpha_bar.sqrt() / sigma).log()
+    h = lambda_[t - 1] - lambda_[t]
+    D = x0
+    if before is not None:
+        r = (lambda_[t] - lambda_[t + 1]) / h
+        D = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * before
+    return sigma[t - 1] / sigma[t] * x_t - alpha_bar[t - 1].sqrt() * torch.expm1(-h) * D
+
+
+def repaint_step(x_t, t, eps, x0, before, z, schedule, step, predict, noise, known, keep, resample=1):
+    """x_{t−1} = keep · q(x_{t−1} | x_0) + (1 − keep) · p(x_{t−1} | x_t)     RePaint: Lugmayr et al. (2022)
+
+    A step around a step: the known pixels (keep = 1) come from the forward process, the others from `step`.
+    resample > 1 goes back to x_t by Ho (2) and walks again, so that the two parts agree.
+    """
+    for again in reversed(range(resample)):
+        x_prev = step(x_t, t, eps, x0, before, z, schedule)
+        x_prev = torch.where(keep, q_sample(known, t - 1, noise(), schedule), x_prev)
+        if again and t > 1:
+            x_t = schedule.alpha[t].sqrt() * x_prev + schedule.beta[t].sqrt() * noise()
+            eps, x0 = predict(x_t, t)
+            z = noise()
+    return x_prev
+
+
+# ── What the network says ─────────────────────────────────────────────────────────────────────────
+
+def q_sample(x0: Tensor, t, eps: Tensor, schedule: Schedule) -> Tensor:
+    """x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε                                                   Ho (4), N3, V3
+
+    t: one integer for all images, or a tensor with one for each.
+    """
+    def table(values):
+        return values[t].sqrt().reshape(-1, 1, 1, 1)
+    return table(schedule.alpha_bar) * x0 + table(schedule.one_minus_alpha_bar) * eps
+
+
+def guided(net, x_t: Tensor, t: Tensor, label: Tensor | None, guidance: float) -> Tensor:
+    """ε = ε_null + s (ε_label − ε_null)                        CFG: Ho and Salimans (2022), arXiv:2207.12598
+
+    s = 0 ignores the label, s = 1 is plain conditional, more insists.  Both predictions in one call.
+    """
+    if label is None or guidance == 1:
+        return net(x_t, t, label)
+    null = torch.full_like(label, net.labels)
+    if guidance == 0:
+        return net(x_t, t, null)
+    both = net(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([null, label]))
+    eps_null, eps_label = both.chunk(2)
+    return eps_null + guidance * (eps_label - eps_null)
+
+
+def predict_with(eps_theta, schedule: Schedule, clip: bool = True):
+    """x̂_0 = (x_t − √(1−ᾱ_t) ε_θ)/√ᾱ_t: the function predict(x_t, t) → (ε_θ, x̂_0)           Ho (15), N5
+
+    clip: x̂_0 is cut to [-1, 1] and ε_θ follows it, so every step, Ho (11) too, uses the cut image.
+    """
+    def predict(x_t, t):
+        root, root_rest = schedule.alpha_bar[t].sqrt(), schedule.one_minus_alpha_bar[t].sqrt()
+        eps = eps_theta(x_t, t)
+        x0 = (x_t - root_rest * eps) / root
+        if clip:
+            x0 = x0.clamp(-1, 1)
+            eps = (x_t - root * x0) / root_rest
+        return eps, x0
+    return predict
+
+
+# ── Devices and checkpoints ───────────────────────────────────────────────────────────────────────
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or the best one here: cuda, mps, cpu.  Raises ValueError if it is not here."""
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    try:
+        device = torch.device(name or here[0])
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in here:
+        raise ValueError(f"there is no device {name!r} here: choose from {', '.join(here)}")
+    return device
+
+
+def autocast(device: torch.device, float32: bool = False):
+    """bfloat16 for convolutions and matrix products where the device computes it natively."""
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        abilities = getattr(torch.cpu, "get_capabilities", dict)()
+        native = device.type == "cpu" and bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+    return torch.autocast(device.type, torch.bfloat16, enabled=bool(native and not float32))
+
+
+def schedule_of(config: dict) -> Schedule:
+    make = {"linear": ddpm.linear, "cosine": ddpm.cosine}[config["schedule"]["kind"]]
+    return make(**{name: value for name, value in config["schedule"].items() if name != "kind"})
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """What train.py saved: config, step and ema at least.  Raises ValueError or OSError.
+
+    The file may come from a stranger: its checksums are verified, it cannot unpack to more than its own
+    size, and nothing in it is run (weights_only).
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it would unpack to more than its size")
+            if archive.testzip():
+                raise ValueError("its checksums do not match")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["config"], checkpoint["step"], checkpoint["ema"]
+    except OSError:
+        raise
+    except Exception as error:              # zipfile, pickle and torch have a dozen kinds for bad bytes
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a checkpoint of train.py, or it is damaged: {reason}") from None
+    return checkpoint
+
+
+def build(config: dict, tensors: dict, path: str | Path) -> UNet:
+    """The network that config describes, holding `tensors`.  Raises ValueError when they do not fit."""
+    try:
+        if config["unet"]["blocks"] * len(config["unet"]["multipliers"]) > len(tensors):
+            raise ValueError("more blocks than tensors")
+        with torch.device("meta"):          # shapes only: nothing is allocated before it has been checked
+            net = UNet(**config["unet"])
+        channels, height, width = config["shape"]
+        if channels != config["unet"]["channels"] or max(height, width) > 8192:
+            raise ValueError(f"images of {config['shape']}")
+        net.check_size(height, width)
+        schedule_of(config)
+    except Exception as error:
+        raise ValueError(f"{path} describes no network: {error or type(error).__name__}") from None
+    wanted = {name: tensor.shape for name, tensor in net.state_dict().items()}
+    found = {name: getattr(tensor, "shape", None) for name, tensor in tensors.items()}
+    if wanted != found:
+        wrong = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
+        name = wrong[0]
+        raise ValueError(f"{path}: {len(wrong)} tensors do not fit; {name} is {found.get(name, 'missing')}, "
+                         f"the network has {wanted.get(name, 'none of that name')}")
+    net.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    return net
+
+
+def load_network(path: str | Path, device: torch.device) -> tuple[UNet, dict]:
+    """The network and its config, from our own checkpoint (its EMA) or a published one."""
+    path = Path(path)
+    if path.is_dir() or path.with_name("config.json").exists():
+        net, config = load_published(path if path.is_dir() else path.parent)
+    else:
+        checkpoint = read_checkpoint(path)
+        config = checkpoint["config"]
+        net = build(config, checkpoint["ema"], path)
+    return net.to(device, memory_format=torch.channels_last).eval(), config
+
+
+def load_published(folder: Path) -> tuple[UNet, dict]:
+    """The paper's networks as the diffusers library stores them: config.json and the weights beside it.
+
+    They were trained with t = 0..T−1, so they are called with t − 1: config["first_t"] says so.
+    """
+    theirs = json.loads((folder / "config.json").read_text())
+    tensors = torch.load(folder / "diffusion_pytorch_model.bin", map_location="cpu", weights_only=True)
+    channels, blocks = theirs["block_out_channels"], theirs["layers_per_block"]
+    heights = [theirs["sample_size"] >> level for level in range(len(channels))]
+    at = [height for height, kind in zip(heights, theirs["down_block_types"]) if "Attn" in kind]
+    unet = dict(size=heights[0], channels=theirs["in_channels"], width=channels[0],
+                multipliers=tuple(c // channels[0] for c in channels), blocks=blocks, attention=tuple(at),
+                dropout=theirs.get("dropout", 0.0), groups=theirs["norm_num_groups"])
+    config = dict(unet=unet, shape=[unet["channels"], heights[0], heights[0]], first_t=0,
+                  schedule=dict(kind="linear", T=1000, beta_1=1e-4, beta_T=0.02))
+
+    names = {"conv_in": "conv_in", "time_embedding.linear_1": "time.0", "time_embedding.linear_2": "time.2",
+             "mid_block.resnets.0": "middle.0", "mid_block.attentions.0": "middle.0.attention",
+             "mid_block.resnets.1": "middle.1", "conv_norm_out": "norm_out", "conv_out": "conv_out"}
+    for half, count, between in (("down", blocks, "downsamplers"), ("up", blocks + 1, "upsamplers")):
+        k = 0
+        for i in range(len(channels)):
+            for j in range(count):
+                names[f"{half}_blocks.{i}.resnets.{j}"] = f"{half}.{k}"
+                names[f"{half}_blocks.{i}.attentions.{j}"] = f"{half}.{k}.attention"
+                k += 1
+            names[f"{half}_blocks.{i}.{between}.0.conv"] = f"{half}.{k}.conv"
+            k += 1
+    parts = {"time_emb_proj": "time", "conv_shortcut": "shortcut", "group_norm": "norm",
+             "proj_attn": "proj", "to_out.0": "proj", "query": "to_q", "key": "to_k", "value": "to_v"}
+    ours = {}
+    for name, tensor in tensors.items():
+        for old, new in names.items():
+            if name.startswith(old + "."):
+                name = new + name[len(old):]
+        for old, new in parts.items():
+            name = name.replace(f".{old}.", f".{new}.")
+        ours[name] = tensor
+    for name in [name for name in ours if ".to_q." in name]:           # three maps are one in unet.py
+        ours[name.replace("to_q", "qkv")] = torch.cat([ours.pop(name.replace("to_q", part))
+                                                       for part in ("to_q", "to_k", "to_v")])
+    return build(config, ours, folder), config
+
+
+# ── Whole images ──────────────────────────────────────────────────────────────────────────────────
+
+def on_device(schedule: Schedule, device) -> Schedule:
+    """The float64 tables of ddpm.py, cast to float32 once."""
+    return Schedule(*(torch.tensor(table, dtype=torch.float32, device=device) for table in schedule))
+
+
+def noise_of(seed: int, numbers: range, shape: tuple, device):
+    """A function that draws z ~ N(0, I), (len(numbers), *shape); each image has a stream of its own.
+
+    So picture i is the same whatever batch it is drawn in, and on whatever device.
+    """
+    streams = [np.random.default_rng((seed, i)) for i in numbers]
+
+    def noise():
+        z = np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
+        return torch.from_numpy(z).to(device)
+    return noise
+
+
+@torch.no_grad()
+def generate(net: UNet, config: dict, numbers: range, seed: int = 0, sampler: str = "ddpm",
+             steps: int | None = None, variance: str = "beta", eta: float = 0.0, clip: bool = True,
+             label: Tensor | None = None, guidance: float = 1.0, known: Tensor | None = None,
+             keep: Tensor | None = None, resample: int = 1) -> Iterator[Tensor]:
+    """Walk the images `numbers` from noise to x_0; yields each x_t, (B, C, H, W), x_0 last.   Algorithm 2
+
+    steps: 1..T calls of the network, T if None, at times spread evenly from T to 0.
+    """
+    device = next(net.parameters()).device
+    full = schedule_of(config)
+    times = np.rint(np.linspace(0, full.T, (steps or full.T) + 1)).astype(int)
+    schedule = on_device(ddpm.respaced(full, times), device)
+    times = times - (1 - config.get("first_t", 1))       # a published network counts from 0
+    noise = noise_of(seed, numbers, tuple(config["shape"]), device)
+
+    def eps_theta(x_t, t):
+        time_t = torch.full((len(x_t),), int(times[t]), device=device)
+        with autocast(device, config.get("float32", False)):
+            return guided(net, x_t, time_t, label, guidance)
+
+    predict = predict_with(eps_theta, schedule, clip)
+    step = {"ddpm": functools.partial(ddpm_step, variance=variance),
+            "ddim": functools.partial(ddim_step, eta=eta), "dpm": dpm_step}[sampler]
+    if keep is not None:
+        step = functools.partial(repaint_step, step=step, predict=predict, noise=noise, known=known,
+                                 keep=keep, resample=resample)
+    yield from walk(predict, noise(), schedule, step, noise)
+
+
+# ── The command ───────────────────────────────────────────────────────────────────────────────────
+
+def arguments() -> Arguments:
+    parser = Arguments(description="Draw images from a trained network.")
+    add = parser.add_argument
+    add("--weights", type=Path, help="a checkpoint, or a folder with a published network; "
+                                     f"default {LAST} if it is there, else the trained one that ships")
+    add("-n", type=int, help="how many images (100), or how many digits to complete (8)")
+    add("--out", type=Path, default=Path("out/samples.png"), help=".png: a sheet; .npz: uint8 arrays")
+    add("--animate", action="store_true", help="the walk from x_T to x_0, as an animated PNG")
+    add("--sampler", choices=("ddpm", "ddim", "dpm"), default="ddpm")
+    add("--steps", type=int, help="calls of the network, 1 .. T; default T, and 20 for dpm")
+    add("--variance", choices=("beta", "beta_tilde"), help="sigma_t^2 of ddpm (beta)")
+    add("--eta", type=float, help="noise of ddim: 0 (none, default) .. 1 (as ddpm)")
+    add("--no-clip", action="store_true", help="let the predicted x0 leave [-1, 1]")
+    add("--label", help="a class, or 'all' for every class in turn; default: classes at random")
+    add("--guidance", type=float, default=1.0, help="0 ignores the label, 1 conditional, more insists")
+    add("--keep", choices=("left", "right", "top", "bottom"), help="complete held-out digits from this half")
+    add("--resample", type=int, default=1, help="with --keep: times each step is walked (RePaint)")
+    add("--data", type=Path, default=DIGITS, help="with --keep: where the images come from")
+    add("--seed", type=int, default=0)
+    add("--batch", type=int, default=100, help="images at a time: bounds the memory, not the result")
+    add("--device", help="cuda, mps or cpu; default: the best one here")
+    return parser
+
+
+def check(args, net: UNet, config: dict):
+    """Raise ValueError for what argparse cannot see; fill in the defaults that depend on the network."""
+    T = config["schedule"]["T"]
+    args.steps = args.steps if args.steps is not None else min(20, T) if args.sampler == "dpm" else T
+    args.n = args.n if args.n is not None else 8 if args.keep else 100
+    for name, value in (("-n", args.n), ("--batch", args.batch), ("--resample", args.resample)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    if not 1 <= args.steps <= T:
+        raise ValueError(f"--steps must be 1 .. {T}, not {args.steps}")
+    if args.seed < 0:
+        raise ValueError(f"--seed must not be negative, and is {args.seed}")
+    if args.out.suffix not in (".png", ".npz"):
+        raise ValueError(f"--out must end in .png or .npz, not {args.out.name!r}")
+    if args.animate and (args.out.suffix != ".png" or args.keep or args.n > args.batch):
+        raise ValueError("--animate draws one batch into a .png: no --keep, and -n at most --batch")
+    if args.variance and args.sampler != "ddpm":
+        raise ValueError("--variance belongs to --sampler ddpm")
+    if args.eta is not None and not (args.sampler == "ddim" and 0 <= args.eta <= 1):
+        raise ValueError("--eta belongs to --sampler ddim and is 0 .. 1")
+    if not net.labels and (args.label or args.guidance != 1):
+        raise ValueError("this network was trained without labels: leave --label and --guidance out")
+    if not np.isfinite(args.guidance):
+        raise ValueError("--guidance must be a number")
+    if args.label not in (None, "all") and not (args.label.isdecimal() and int(args.label) < net.labels):
+        raise ValueError(f"--label must be 0 .. {net.labels - 1} or all, not {args.label!r}")
+    if args.label == "all" and args.n % net.labels:
+        raise ValueError(f"-n must be a multiple of {net.labels} with --label all, not {args.n}")
+    require_writable(args.out)
+
+
+def labels_for(args, net: UNet, numbers: range, total: int) -> np.ndarray | None:
+    """The label of each image: all of one class, a row per class, or one drawn from its own stream."""
+    if not net.labels:
+        return None
+    if args.label is None and args.keep:
+        return np.full(len(numbers), net.labels)
+    if args.label is None:
+        return np.array([np.random.default_rng((args.seed, i, 1)).integers(net.labels) for i in numbers])
+    if args.label == "all":
+        return np.array([i * net.labels // total for i in numbers])
+    return np.full(len(numbers), int(args.label))
+
+
+def draw(args, net: UNet, config: dict, held_out: np.ndarray | None):
+    """Yield (images uint8 (B, H, W, C), labels, frames of the walk) batch by batch, telling how it goes."""
+    total = args.n * (COMPLETIONS if args.keep else 1)
+    device, progress, start = next(net.parameters()).device, Progress(), time.monotonic()
+    for first in range(0, total, args.batch):
+        numbers = range(first, min(first + args.batch, total))
+        labels = labels_for(args, net, numbers, total)
+        known = keep = None
+        if args.keep:
+            chosen = held_out[np.array(numbers) // COMPLETIONS]
+            known = to_pixels(torch.from_numpy(chosen).to(device)).permute(0, 3, 1, 2)
+            keep = torch.from_numpy(mask(args.keep, held_out.shape[1:3])).to(device)
+        steps = generate(net, config, numbers, args.seed, args.sampler, args.steps,
+                         args.variance or "beta", args.eta or 0.0, not args.no_clip,
+                         None if labels is None else torch.from_numpy(labels).to(device),
+                         args.guidance, known, keep, args.resample)
+        frames = []
+        for k, x_t in enumerate(steps):
+            done = (first + len(numbers) * k / args.steps) / total
+            spent = time.monotonic() - start
+            rate = total * done / max(spent, 1e-9)
+            left = duration(spent / done - spent) if done else "?"
+            progress(f"{args.sampler}: step {k} of {args.steps} · images {first} .. {numbers[-1]} of {total} · "
+                     f"{rate:.1f} images/s · {left} left", last=done == 1)
+            if args.animate and (k == args.steps or k % max(1, args.steps // 40) == 0):
+                frames.append(to_bytes(x_t.permute(0, 2, 3, 1).cpu().numpy()))
+        yield to_bytes(x_t.permute(0, 2, 3, 1).cpu().numpy()), labels, frames
+
+
+def mask(side: str, size: tuple) -> np.ndarray:
+    """True where a pixel is known: the named half of an image of this (height, width)."""
+    keep = np.zeros(size, dtype=bool)
+    height, width = size
+    half = {"left": np.s_[:, :width // 2], "right": np.s_[:, width // 2:],
+            "top": np.s_[:height // 2], "bottom": np.s_[height // 2:]}[side]
+    keep[half] = True
+    return keep
+
+
+def write_npz(path: Path, batches, total: int, shape: tuple):
+    """images (N, H, W) or (N, H, W, C) uint8 and labels (N,), written as they come: any N fits in memory."""
+    channels, height, width = shape
+    shape = (total, height, width) if channels == 1 else (total, height, width, channels)
+    every = []
+    with whole_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("images.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(
+                member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for images, labels, _ in batches:
+                member.write(images.tobytes())
+                every.append(labels)
+        if labels is not None:
+            with archive.open("labels.npy", "w") as member:
+                np.lib.format.write_array(member, np.concatenate(every))
+
+
+def main():
+    args = arguments().parse_args()
+    with reported():
+        device = choose_device(args.device)
+        path = args.weights or (LAST if LAST.exists() else SHIPPED)
+        net, config = load_network(path, device)
+        check(args, net, config)
+        held_out = None
+        if args.keep:
+            held_out = split(load(args.data)[0])[1]
+            if list(held_out.shape[3:] + held_out.shape[1:3]) != list(config["shape"]) or len(held_out) < args.n:
+                raise ValueError(f"{args.data} has {len(held_out)} held-out images of {held_out.shape[1:]}; "
+                                 f"the network draws {config['shape']} and -n is {args.n}")
+        print(f"{path} on {device}: {args.sampler}, {args.steps} steps")
+        batches = draw(args, net, config, held_out)
+        if args.out.suffix == ".npz":
+            total = args.n * (COMPLETIONS if args.keep else 1)
+            write_npz(args.out, batches, total, config["shape"])
+        else:
+            batches = list(batches)
+            images = np.concatenate([images for images, _, _ in batches])
+            columns = int(np.ceil(np.sqrt(len(images))))
+            if args.label == "all":
+                columns = len(images) // net.labels
+            if args.keep:
+                columns = COMPLETIONS + 2
+                rows = images.reshape(args.n, COMPLETIONS, *images.shape[1:])
+                given = held_out[:args.n, None]
+                masked = np.where(mask(args.keep, given.shape[2:4])[..., None], given, 128).astype(np.uint8)
+                images = np.concatenate([given, masked, rows], axis=1).reshape(-1, *images.shape[1:])
+            frames = batches[0][2] if args.animate else [images]
+            write_png(args.out, *(sheet(frame, columns) for frame in frames))
+        print(f"drawn: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

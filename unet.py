@@ -1,0 +1,187 @@
+"""The noise predictor ε_θ(x_t, t): the U-Net of Ho et al. (2020), appendix B.                 N6, V12
+
+Everything else is a formula; this is the part that learns.  It sees a noisy image and t, and answers
+with the noise that it believes was mixed into x_0.  `python unet.py` prints its layers and its size.
+
+         x_t ─ conv_in ─ block ─ block ─┬─────────────── skips ──────────────┬─ block ─ block ─ conv_out ─ ε_θ
+                                      halve                               double
+                                        └─ block ─ block ─ … middle … ─ block ┘
+"""
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def time_embedding(t: Tensor, width: int) -> Tensor:
+    """[sin(ω_k t), cos(ω_k t)], ω_k = 10000^(−k / (width/2 − 1)), k = 0 .. width/2 − 1.
+
+    t: (B,), in 1..T → (B, width) float32.  Vaswani et al. (2017), all sines before all cosines.
+    """
+    k = torch.arange(width // 2, device=t.device)
+    omega = torch.exp(-k * math.log(10_000) / (width // 2 - 1))
+    angle = t[:, None].float() * omega
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class Norm(nn.GroupNorm):
+    """GroupNorm, computed in float32: the statistics of bfloat16 are coarse, and on CPUs also slow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
+class Attention(nn.Module):
+    """x + proj(softmax(Q Kᵀ/√C) V): every pixel looks at every pixel, with one head."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = Norm(groups, channels, eps=1e-6)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.norm(x).flatten(2).transpose(1, 2)                      # (B, H·W, C)
+        q, k, v = self.qkv(pixels).unsqueeze(1).chunk(3, dim=3)               # (B, 1, H·W, C) each
+        h = self.proj(F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        return x + h.transpose(1, 2).reshape(x.shape)
+
+
+class Block(nn.Module):
+    """shortcut(x) + conv2(drop(act(norm2(conv1(act(norm1(x))) + time(act(temb)))))), then attention."""
+
+    def __init__(self, c_in: int, c_out: int, c_time: int, groups: int, dropout: float, attention: bool):
+        super().__init__()
+        self.norm1 = Norm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time = nn.Linear(c_time, c_out)
+        self.norm2 = Norm(groups, c_out, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attention = Attention(c_out, groups) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time(F.silu(temb))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.attention(self.shortcut(x) + h)
+
+
+class Downsample(nn.Module):
+    """Halve the image: conv3 with stride 2, padded on the right and at the bottom only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the image: each pixel becomes 2 x 2, then conv3."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class UNet(nn.Module):
+    """ε_θ(x_t, t): x_t (B, C, H, W) in [-1, 1] plus noise, t (B,) in 1..T → the noise, shaped like x_t.
+
+    size: the images' height; it decides which levels attention stands at: those of a height in `attention`.
+    width · multipliers: the channels of each level.  blocks: residual blocks per level down; up has one more.
+    labels: how many classes; the label `labels` itself means "none".  groups: of each GroupNorm.
+    patch: patch x patch pixels become the channels of one, a paper-sized shortcut for small machines;
+    1 is the paper.  The defaults are the paper's CIFAR10 network: 35,746,307 parameters.
+    Raises ValueError for sizes that do not fit together, and for images that it cannot halve.
+    """
+
+    def __init__(self, size: int = 32, channels: int = 3, width: int = 128,
+                 multipliers: tuple = (1, 2, 2, 2), blocks: int = 2, attention: tuple = (16,),
+                 dropout: float = 0.1, labels: int = 0, groups: int = 32, patch: int = 1):
+        super().__init__()
+        if width % groups or width % 2 or width < 4:
+            raise ValueError(f"width {width} must be even and a multiple of {groups} groups")
+        self.labels, self.patch, self.width = labels, patch, width
+        self.factor = patch * 2 ** (len(multipliers) - 1)
+        c_time, c, size = 4 * width, width, size // patch
+
+        self.time = nn.Sequential(nn.Linear(width, c_time), nn.SiLU(), nn.Linear(c_time, c_time))
+        self.label = nn.Embedding(labels + 1, c_time) if labels else None
+        self.conv_in = nn.Conv2d(channels * patch ** 2, c, 3, padding=1)
+        skips = [c]
+        self.down = nn.ModuleList()
+        for level, multiplier in enumerate(multipliers):
+            if level > 0:
+                self.down.append(Downsample(c))
+                skips.append(c)
+                size = size // 2
+            for _ in range(blocks):
+                self.down.append(Block(c, multiplier * width, c_time, groups, dropout, size in attention))
+                c = multiplier * width
+                skips.append(c)
+        self.middle = nn.ModuleList([Block(c, c, c_time, groups, dropout, attention=True),
+                                     Block(c, c, c_time, groups, dropout, attention=False)])
+        self.up = nn.ModuleList()
+        for level, multiplier in reversed(list(enumerate(multipliers))):
+            for _ in range(blocks + 1):
+                self.up.append(Block(c + skips.pop(), multiplier * width, c_time, groups, dropout,
+                                     size in attention))
+                c = multiplier * width
+            if level > 0:
+                self.up.append(Upsample(c))
+                size = size * 2
+        self.norm_out = Norm(groups, c, eps=1e-6)
+        self.conv_out = nn.Conv2d(c, channels * patch ** 2, 3, padding=1)
+        self.initialise()
+
+    def initialise(self):
+        """As the paper's authors: variance 1/fan_avg, and each residual branch begins as zero."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for last in [m.conv2 for m in self.modules() if isinstance(m, Block)] + [self.conv_out] + [
+                m.proj for m in self.modules() if isinstance(m, Attention)]:
+            nn.init.zeros_(last.weight)
+
+    def check_size(self, height: int, width: int):
+        if height % self.factor or width % self.factor:
+            raise ValueError(f"this network cannot halve images of {height}x{width}: "
+                             f"both sides must be multiples of {self.factor}")
+
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        self.check_size(*x_t.shape[2:])
+        temb = self.time(time_embedding(t, self.width))
+        if self.label is not None:
+            temb = temb + self.label(label)
+
+        h = self.conv_in(F.pixel_unshuffle(x_t, self.patch))
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, temb)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, temb)
+        for layer in self.up:
+            if isinstance(layer, Block):
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = layer(h, temb)
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(h, self.patch).float()
+
+
+def parameters(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+if __name__ == "__main__":
+    paper = UNet()
+    print(paper)
+    print(f"\nThe paper's CIFAR10 network: {parameters(paper):,} parameters (the paper says 35.7 million)")
