@@ -79,8 +79,9 @@ def respaced(schedule: Schedule, times: np.ndarray) -> Schedule:
     times = np.asarray(times)
     if times[0] != 0 or np.any(np.diff(times) < 1) or times[-1] > schedule.T:
         raise ValueError(f"times must increase from 0 to at most {schedule.T}, not {times.tolist()}")
-    log_alpha_bar = np.cumsum(log1p(-schedule.beta))[times]
-    return schedule_of(-expm1(np.diff(log_alpha_bar)))
+    log_alpha = np.diff(np.cumsum(log1p(-schedule.beta))[times], prepend=0.0)
+    return Schedule(-expm1(log_alpha), exp(log_alpha),
+                    schedule.alpha_bar[times], schedule.one_minus_alpha_bar[times])
 
 
 # ── One step ──────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,8 @@
+"""How hard Hypothesis looks: the same few examples every time, or `pytest --hypothesis-profile=deep`."""
+from hypothesis import HealthCheck, settings
+
+COMMON = dict(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+for name in ("default", "ci"):
+    settings.register_profile(name, derandomize=True, max_examples=60, database=None, **COMMON)
+settings.register_profile("deep", max_examples=5000, **COMMON)
+settings.load_profile("default")

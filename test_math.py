@@ -1,0 +1,676 @@
+"""The second half of the reference: every "it can be shown" of the paper, shown.
+
+In the paper's order, each test titled by its claim and shown by another road than the code's: kernels
+composed one by one, Bayes' rule at points, integrals on a grid, exact fractions, special cases in closed
+form.  First the definitions in NumPy, then PyTorch held against them on every device that is here.
+
+`pytest` takes the same examples each time; `pytest --hypothesis-profile=deep` hunts with thousands.
+"""
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, example, given, strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from torch import nn
+
+import ddpm
+import posterior
+import sample
+import train
+from ddpm import Schedule, cosine, draw, linear, log_normal, q_between, q_marginal, q_step, schedule_of
+from posterior import A1, A2, C, beta_tilde, kl, reverse_mean, reverse_step
+from unet import Attention, Block, Downsample, UNet, parameters, time_embedding
+
+# ── What is drawn, and how near is near ───────────────────────────────────────────────────────────
+
+ROUNDING = 1e-12            # a few thousand roundings of 2⁻⁵²: the longest sums here have 1000 terms
+
+
+def near(found, exact, condition=1.0, scale=0.0):
+    """|found − exact| ≤ ROUNDING · condition · max(|exact|, scale).
+
+    condition: how much the formula magnifies the rounding of its inputs.  scale: the size of the terms
+    that cancel in it.  Both are derived where they are used, and nothing else is ever loosened.
+    """
+    np.testing.assert_allclose(found, exact, rtol=ROUNDING * condition, atol=ROUNDING * condition * scale)
+
+
+betas = st.floats(1e-7, 1 - 1e-7) | st.floats(-16, -0.001).map(math.exp)
+schedules = st.one_of(
+    st.lists(betas, min_size=1, max_size=30).map(schedule_of),
+    st.builds(linear, st.integers(1, 1000), st.floats(1e-6, 0.01), st.floats(0.01, 0.5)),
+    st.builds(cosine, st.integers(1, 1000)))
+pixels = st.floats(-3, 3)
+images = arrays(np.float64, array_shapes(max_dims=3, max_side=3), elements=pixels)
+
+ONE_STEP = schedule_of([0.3])
+EXTREMES = schedule_of([1e-7, 1 - 1e-7, 1e-7, 0.5])
+PAPER = linear()
+
+
+@st.composite
+def moments(draw_from, first=1):
+    """A schedule and a time in first..T."""
+    schedule = draw_from(schedules)
+    return schedule, draw_from(st.integers(first, schedule.T))
+
+
+edges = [example((ONE_STEP, 1)), example((EXTREMES, 1)), example((EXTREMES, 2)), example((EXTREMES, 4)),
+         example((PAPER, 1)), example((PAPER, 2)), example((PAPER, 1000))]
+
+
+def any_moment(test):
+    """@given(any schedule and t) with the edges: T = 1, t = 1, t = T, β near 0 and near 1."""
+    for edge in edges:
+        test = edge(test)
+    return test
+
+
+def grid(mean, variance, points=4001, widths=12):
+    """Points and the width of their cells, wide enough around a Gaussian for 1e-12."""
+    x = np.linspace(-widths, widths, points) * math.sqrt(variance) + mean
+    return x, x[1] - x[0]
+
+
+# ── Schedules ─────────────────────────────────────────────────────────────────────────────────────
+
+@given(schedules)
+@example(EXTREMES)
+def test_alpha_bar_is_the_exact_product(schedule):
+    """Ho (4), N2: ᾱ_t = ∏ (1 − β_s) and 1 − ᾱ_t, against exact fractions; index 0 is the clean image."""
+    assert schedule.beta[0] == 0 and schedule.alpha[0] == schedule.alpha_bar[0] == 1
+    assert schedule.one_minus_alpha_bar[0] == 0
+    product = Fraction(1)
+    for t in range(1, min(schedule.T, 40) + 1):
+        product *= 1 - Fraction(schedule.beta[t])
+        near(schedule.alpha[t], float(1 - Fraction(schedule.beta[t])))
+        near(schedule.alpha_bar[t], float(product), condition=1 - math.log(product))
+        near(schedule.one_minus_alpha_bar[t], float(1 - product))
+
+
+def test_linear_goes_from_beta_1_to_beta_T():
+    """Ho section 4, linear: β_1 = 1e-4 to β_T = 0.02 in 1000 equal steps."""
+    assert PAPER.T == 1000 and len(PAPER.beta) == 1001
+    near([PAPER.beta[1], PAPER.beta[1000]], [1e-4, 0.02])
+    near(np.diff(PAPER.beta[1:]), 0.0199 / 999, condition=0.02 / (0.0199 / 999))
+    assert linear(1, 0.3, 0.4).beta.tolist() == [0, 0.3]
+
+
+def test_cosine_has_its_published_values():
+    """cosine: ᾱ_t = f(t)/f(0) up to the one clipped step; β_1 = 4.1284e-5, ᾱ_T = 2.4288e-9."""
+    schedule = cosine(1000)
+    assert schedule.beta[1] == pytest.approx(4.1284e-5, rel=1e-5)
+    assert schedule.alpha_bar[1000] == pytest.approx(2.4288e-9, rel=1e-4)
+    assert np.count_nonzero(schedule.beta == 0.999) == 1 and schedule.beta[1000] == 0.999
+    angle = (np.arange(1000) / 1000 + 0.008) / 1.008 * math.pi
+    f = (1 + np.cos(angle)) / 2
+    near(schedule.alpha_bar[:1000], f / f[0], condition=1 / f.min())
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda: linear(0), lambda: linear(-3), lambda: cosine(0), lambda: linear(10, 0.0), lambda: linear(10, 1e-4, 1.0),
+    lambda: linear(10**7), lambda: schedule_of([]), lambda: schedule_of([0.1, float("nan")]),
+    lambda: schedule_of([[0.1]]), lambda: schedule_of([-0.1]), lambda: schedule_of([1.5]),
+    lambda: ddpm.respaced(PAPER, [1, 5]), lambda: ddpm.respaced(PAPER, [0, 5, 5]), lambda: ddpm.respaced(PAPER, [0, 1001])])
+def test_a_schedule_that_cannot_be_is_refused(wrong):
+    """T < 1, β outside (0, 1), times that do not increase: an error, never a table of NaN."""
+    with pytest.raises(ValueError):
+        wrong()
+
+
+@given(schedules)
+@example(PAPER)
+def test_noise_only_grows(schedule):
+    """V4: the signal-to-noise ratio falls at every step; the linear β_t rise."""
+    t = np.arange(1, schedule.T + 1)
+    assert np.all(np.diff(ddpm.snr(t, schedule)) < 0)
+    assert np.all(np.diff(PAPER.beta) > 0)
+    near(ddpm.snr(t, schedule) / (1 + ddpm.snr(t, schedule)), schedule.alpha_bar[t])
+
+
+@given(schedules, st.data())
+def test_respacing_keeps_the_noise_levels(schedule, data):
+    """DDIM: fewer steps, the same ᾱ; β between two of them is that of all the steps between, composed."""
+    times = [0] + sorted(data.draw(st.sets(st.integers(1, schedule.T), min_size=1)))
+    short = ddpm.respaced(schedule, times)
+    assert short.T == len(times) - 1
+    log_alpha_bar = abs(math.log(schedule.alpha_bar[times[-1]]))
+    assert np.array_equal(short.alpha_bar, schedule.alpha_bar[times])
+    assert np.array_equal(short.one_minus_alpha_bar, schedule.one_minus_alpha_bar[times])
+    near(short.alpha, 1 - short.beta, scale=1)
+    for k in range(1, len(times)):
+        variance = 0.0
+        for t in range(times[k - 1] + 1, times[k] + 1):
+            variance = (1 - schedule.beta[t]) * variance + schedule.beta[t]
+        near(short.beta[k], variance, condition=1 + log_alpha_bar / short.beta[k])
+
+
+# ── The forward process ───────────────────────────────────────────────────────────────────────────
+
+@given(pixels, st.floats(1e-6, 10))
+def test_log_normal_is_a_density_with_its_mean_and_variance(mean, variance):
+    """Ho (2): exp(log_normal) integrates to 1, and its first two moments are its arguments."""
+    x, dx = grid(mean, variance)
+    p = np.exp(log_normal(x, mean, variance)) * dx
+    condition = 1 + abs(mean) / math.sqrt(variance)          # of x − mean
+    near(p.sum(), 1, condition)
+    near((p * x).sum(), mean, condition, scale=math.sqrt(variance))
+    near((p * (x - mean) ** 2).sum(), variance, condition)
+
+
+@given(images, betas, pixels, pixels)
+def test_a_draw_is_the_mean_plus_scaled_noise(x, variance, eps, shift):
+    """Reparameterisation: a draw's z-score is its noise, so its density is that of the noise, rescaled."""
+    found = draw(x, variance, eps)
+    near((found - x) / math.sqrt(variance), np.full_like(x, eps), 1 / math.sqrt(variance), scale=6)
+    near(log_normal(found, x, variance), log_normal(eps, 0, 1) - math.log(variance) / 2,
+         condition=1 / math.sqrt(variance), scale=30)
+
+
+@given(moments())
+@any_moment
+def test_a_step_scales_the_mean_and_adds_beta(moment):
+    """Ho (2), N1, V5: q(x_t|x_{t−1}) has mean √(1−β_t) x_{t−1} and variance β_t; scale² + variance = 1."""
+    schedule, t = moment
+    scale, variance = q_step(1.0, t, schedule)
+    assert scale > 0 and variance == schedule.beta[t]
+    near(scale ** 2 + variance, 1)
+    near(q_step(-2.5, t, schedule)[0], -2.5 * scale)
+
+
+@given(images, st.lists(betas, min_size=1, max_size=20), st.data())
+def test_the_naive_diffuser_keeps_the_mean_and_piles_up_variance(x0, steps, data):
+    """V1: x_t = x_{t−1} + √β ε.  Fed one unit of noise at a time: mean x_0, variance Σ β, without end."""
+    def walked(noise):
+        x = x0
+        for beta, eps in zip(steps, noise):
+            x = ddpm.naive_step(x, beta, eps)
+        return x
+    units = np.eye(len(steps))
+    near(walked(0 * units[0]), x0)
+    variance = sum((walked(unit) - x0) ** 2 for unit in units)
+    near(variance, np.full_like(x0, sum(steps)), 1 / math.sqrt(min(steps)), scale=6)
+
+
+@given(images, st.floats(0.001, 1.57), pixels)
+def test_the_scaled_diffuser_keeps_unit_variance(x_prev, angle, eps):
+    """V2, V4: α = cos, β = sin: α² + β² = 1 keeps a variance of 1, and is Ho (2) with β_t = β²."""
+    alpha, beta = math.cos(angle), math.sin(angle)
+    near(ddpm.scaled_step(1.0, alpha, beta, 0.0) ** 2 + ddpm.scaled_step(0.0, alpha, beta, 1.0) ** 2, 1)
+    schedule = schedule_of([beta ** 2])
+    near(ddpm.scaled_step(x_prev, alpha, beta, eps), draw(*q_step(x_prev, 1, schedule), eps),
+         condition=1 / alpha ** 2, scale=6)
+
+
+@given(moments(first=0), st.floats(0, 10))
+@example((PAPER, 1000), 1.0)
+def test_the_variance_tends_to_one(moment, variance_0):
+    """V2, V4: Var x_t = ᾱ_t s² + 1 − ᾱ_t, step by step; 1 stays 1, all else closes the gap by α_t."""
+    schedule, t = moment
+    variance = variance_0
+    for s in range(1, t + 1):
+        scale, added = q_step(1.0, s, schedule)
+        variance = scale ** 2 * variance + added
+    near(ddpm.variance_at(t, variance_0, schedule), variance, condition=1 + 10 * abs(math.log(schedule.alpha_bar[t])))
+    near(ddpm.variance_at(t, 1.0, schedule), 1)
+    assert abs(ddpm.variance_at(t, variance_0, schedule) - 1) <= abs(variance_0 - 1) + 1e-12
+
+
+@given(moments(first=0), pixels)
+@example((PAPER, 1000), 1.0)
+@example((ONE_STEP, 1), 1.0)
+def test_composing_the_steps_gives_the_marginal(moment, x0):
+    """Ho (4), N2, V3: t one-step kernels, means and variances multiplied out one by one."""
+    schedule, t = moment
+    mean, variance = x0, 0.0
+    for s in range(1, t + 1):
+        scale, added = q_step(1.0, s, schedule)
+        mean, variance = scale * mean, scale ** 2 * variance + added
+    condition = 1 + abs(math.log(schedule.alpha_bar[t]))
+    near(q_marginal(x0, t, schedule)[0], mean, condition)
+    near(q_marginal(x0, t, schedule)[1], variance, condition)
+
+
+@given(schedules, st.data(), pixels)
+def test_any_two_times_compose(schedule, data, x0):
+    """Ho (2, 4): q(x_t|x_s) for s ≤ t: after q(x_s|x_0) it gives q(x_t|x_0); neighbours give q_step."""
+    s, t = sorted([data.draw(st.integers(0, schedule.T)), data.draw(st.integers(0, schedule.T))])
+    mean_s, variance_s = q_marginal(x0, s, schedule)
+    scale, added = q_between(1.0, s, t, schedule)
+    mean_t, variance_t = q_marginal(x0, t, schedule)
+    condition = 1 + abs(math.log(schedule.alpha_bar[t]))
+    near(q_between(mean_s, s, t, schedule)[0], mean_t, condition)
+    near(scale ** 2 * variance_s + added, variance_t, condition)
+    if t < schedule.T:
+        near(q_between(x0, t, t + 1, schedule), q_step(x0, t + 1, schedule))
+
+
+@given(st.lists(betas, min_size=1, max_size=12).map(schedule_of), st.data())
+def test_covariance_of_two_times(schedule, data):
+    """Ho (2, 4): Cov(x_s, x_t | x_0) = √(ᾱ_t/ᾱ_s) (1 − ᾱ_s), from the path fed one unit of noise at a time."""
+    s, t = sorted([data.draw(st.integers(1, schedule.T)), data.draw(st.integers(1, schedule.T))])
+    covariance = 0.0
+    for unit in np.eye(schedule.T + 1)[1:]:
+        path = [0.0]
+        for u in range(1, t + 1):
+            path.append(draw(*q_step(path[-1], u, schedule), unit[u]))
+        covariance += path[s] * path[t]
+    expected = q_between(1.0, s, t, schedule)[0] * q_marginal(0.0, s, schedule)[1]
+    near(covariance, expected, condition=1 + abs(math.log(schedule.alpha_bar[t])))
+
+
+@given(moments(first=0), images, pixels)
+@example((PAPER, 0), np.ones((2, 2)), 1.0)
+def test_the_jump_is_a_draw_from_the_marginal(moment, x0, eps):
+    """Ho (4), N3, V3: x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε; t = 0 gives x_0 back; a t for each image works too."""
+    schedule, t = moment
+    mean, variance = q_marginal(x0, t, schedule)
+    near(ddpm.q_sample(x0, t, eps, schedule), mean + eps * variance ** 0.5, scale=6)
+    assert np.array_equal(ddpm.q_sample(x0, 0, eps, schedule), x0)
+    both = ddpm.q_sample(np.stack([x0, x0]), np.array([0, t]).reshape(-1, *[1] * x0.ndim), eps, schedule)
+    assert np.array_equal(both, [x0, ddpm.q_sample(x0, t, eps, schedule)])
+
+
+@given(moments(), images, pixels)
+@example((PAPER, 1), np.ones(3), 1.0)
+def test_knowing_the_noise_is_knowing_the_image(moment, x0, eps):
+    """Ho (15), N5: round trips both ways; the conditions are √((1−ᾱ)/ᾱ) and its inverse."""
+    schedule, t = moment
+    x_t = ddpm.q_sample(x0, t, eps, schedule)
+    ratio = math.sqrt(ddpm.snr(t, schedule))
+    near(ddpm.x0_from_eps(x_t, t, eps, schedule), x0, condition=1 + 1 / ratio, scale=6)
+    near(ddpm.eps_from_x0(x_t, t, x0, schedule), np.full_like(x0, eps), condition=1 + ratio, scale=6)
+
+
+def test_x_T_is_nearly_independent_of_x_0():
+    """N2, Ho section 4: L_T of the linear schedule is 2.911e-5 bits/dim at mean square 1; √ᾱ_T = 0.00635."""
+    assert posterior.bits_per_dim(posterior.L_T(np.array([1.0, -1.0]), PAPER)) == pytest.approx(2.911e-5, rel=1e-3)
+    assert math.sqrt(PAPER.alpha_bar[1000]) == pytest.approx(0.00635, abs=5e-6)
+    fifty = linear(50)
+    assert fifty.alpha_bar[50] == pytest.approx(0.60, abs=0.005)
+    assert posterior.bits_per_dim(posterior.L_T(np.ones(1), fifty)) > 0.1      # T = 50 needs other betas
+
+
+# ── The true posterior ────────────────────────────────────────────────────────────────────────────
+
+@given(moments().filter(lambda m: m[1] > 1), pixels, pixels, pixels)
+@example((PAPER, 2), 0.5, -0.5, 1.0)
+@example((PAPER, 1000), 0.5, -0.5, 1.0)
+@example((EXTREMES, 2), 0.5, -0.5, 1.0)
+def test_posterior_is_bayes_rule(moment, x0, z_prev, z_t):
+    """Ho (6, 7), V8, V9: q(x_{t−1}|x_t,x_0) q(x_t|x_0) = q(x_t|x_{t−1}) q(x_{t−1}|x_0), at any three points."""
+    schedule, t = moment
+    x_prev = draw(*q_marginal(x0, t - 1, schedule), z_prev)
+    x_t = draw(*q_step(x_prev, t, schedule), z_t)
+    left = log_normal(x_prev, *posterior.posterior(x_t, x0, t, schedule)) + log_normal(x_t, *q_marginal(x0, t, schedule))
+    right = log_normal(x_t, *q_step(x_prev, t, schedule)) + log_normal(x_prev, *q_marginal(x0, t - 1, schedule))
+    # (x − mean)²/variance magnifies the rounding of x by 1/√variance, three times over
+    smallest = min(beta_tilde(t, schedule), schedule.one_minus_alpha_bar[t - 1], schedule.beta[t])
+    near(left, right, condition=10 / math.sqrt(smallest), scale=10)
+
+
+@given(st.lists(st.floats(0.01, 0.9), min_size=2, max_size=6).map(schedule_of), st.data(), pixels, pixels)
+def test_posterior_is_the_normalised_product_and_exactly_gaussian(schedule, data, x0, x_t):
+    """Ho (6, 7), V8: mean, variance, no skew, no excess kurtosis of q(x_t|x_{t−1}) q(x_{t−1}|x_0), on a grid."""
+    t = data.draw(st.integers(2, schedule.T))
+    mean, variance = posterior.posterior(x_t, x0, t, schedule)
+    x, _ = grid(mean, variance)
+    log_p = log_normal(x_t, *q_step(x, t, schedule)) + log_normal(x, *q_marginal(x0, t - 1, schedule))
+    p = np.exp(log_p - log_p.max())
+    p /= p.sum()
+    centred = x - (p * x).sum()
+    scale = 10 * math.sqrt(variance)
+    near((p * x).sum(), mean, condition=100, scale=scale)
+    near((p * centred ** 2).sum(), variance, condition=100)
+    near((p * centred ** 3).sum() / variance ** 1.5, 0, condition=100, scale=1)
+    near((p * centred ** 4).sum() / variance ** 2, 3, condition=100)
+
+
+@given(moments(), pixels)
+@example((PAPER, 1), 1.0)
+@example((EXTREMES, 2), 1.0)
+def test_posterior_averaged_over_x_t_is_the_marginal(moment, x0):
+    """Ho (4, 6, 7): total mean and total variance over q(x_t|x_0) give q(x_{t−1}|x_0) back."""
+    schedule, t = moment
+    mean_t, variance_t = q_marginal(x0, t, schedule)
+    mean, variance = posterior.posterior(mean_t, x0, t, schedule)
+    slope = posterior.posterior(1.0, 0.0, t, schedule)[0]
+    mean_prev, variance_prev = q_marginal(x0, t - 1, schedule)
+    condition = 1 + abs(math.log(schedule.alpha_bar[t]))
+    near(mean, mean_prev, condition, scale=3)
+    near(slope ** 2 * variance_t + variance, variance_prev, condition)
+
+
+@given(schedules, pixels, pixels)
+def test_at_t_1_the_posterior_is_the_image(schedule, x_t, x0):
+    """Ho (7): A1 = 0, A2 = 1, β̃ = 0 at t = 1, T = 1 included."""
+    near(A2(1, schedule), 1)
+    assert A1(1, schedule) == beta_tilde(1, schedule) == 0
+    near(posterior.posterior(x_t, x0, 1, schedule)[0], x0)
+
+
+def test_how_A1_and_A2_change():
+    """V14: towards t = 1, A2 rises from 0.000128 to 1; A1 from 0.98995 to 0.99415 at t = 462, then to 0."""
+    t = np.arange(1, 1001)
+    a1, a2 = A1(t, PAPER), A2(t, PAPER)
+    assert np.all(np.diff(a2) < 0) and a2[-1] == pytest.approx(0.000128, abs=5e-7) and a2[0] == pytest.approx(1)
+    assert a1[-1] == pytest.approx(0.98995, abs=5e-6) and a1.max() == pytest.approx(0.99415, abs=5e-6)
+    assert t[a1.argmax()] == 462 and a1[0] == 0
+    assert np.all(np.diff(a1[:462]) > 0) and np.all(np.diff(a1[461:]) < 0)
+
+
+def test_one_third():
+    """V8: at t = 3 the posterior takes 1/3 from x_0 only for equal β → 0; the linear schedule takes 0.3887."""
+    tiny = schedule_of([1e-9] * 3)
+    assert A2(3, tiny) == pytest.approx(1 / 3, abs=1e-8) and A1(3, tiny) == pytest.approx(2 / 3, abs=1e-8)
+    assert A2(3, PAPER) == pytest.approx(0.3887, abs=5e-5) and A1(3, PAPER) == pytest.approx(0.6113, abs=5e-5)
+
+
+@pytest.mark.parametrize("beta, kurtosis", [(0.2, -0.300), (0.1, -0.0744), (0.05, -0.0185)])
+def test_without_x_0_the_reverse_is_gaussian_only_for_small_beta(beta, kurtosis):
+    """N4: for x_0 = ±1, q(x_{t−1}|x_t) is two Gaussians; at ᾱ_t = 0.5, x_t = 0.1 its kurtosis falls like β²."""
+    schedule = schedule_of([1 - 0.5 / (1 - beta), beta])
+    x_t, weights, x = 0.1, [], np.linspace(-6, 6, 20001)
+    densities = []
+    for x0 in (-1.0, 1.0):
+        weights.append(np.exp(log_normal(x_t, *q_marginal(x0, 2, schedule))))
+        densities.append(np.exp(log_normal(x, *posterior.posterior(x_t, x0, 2, schedule))))
+    p = weights[0] * densities[0] + weights[1] * densities[1]
+    p /= p.sum()
+    centred = x - (p * x).sum()
+    excess = (p * centred ** 4).sum() / (p * centred ** 2).sum() ** 2 - 3
+    assert excess == pytest.approx(kurtosis, abs=5e-4 * abs(kurtosis) / 0.3 + 5e-5)
+
+
+# ── The reverse step ──────────────────────────────────────────────────────────────────────────────
+
+@given(moments(), images, pixels)
+@example((PAPER, 1), np.ones(2), 1.0)
+@example((EXTREMES, 2), np.ones(2), 1.0)
+def test_the_reverse_mean_is_the_posterior_mean_of_the_predicted_image(moment, x_t, eps):
+    """Ho (10, 11), N8: (x_t − β_t/√(1−ᾱ_t) ε)/√α_t = A1 x_t + A2 x_0(ε), for any ε, right or wrong."""
+    schedule, t = moment
+    x0 = ddpm.x0_from_eps(x_t, t, eps, schedule)
+    scale = 6 / math.sqrt(schedule.alpha[t])
+    near(reverse_mean(x_t, eps, t, schedule), posterior.posterior(x_t, x0, t, schedule)[0],
+         condition=10 / math.sqrt(schedule.alpha[t]) + abs(math.log(schedule.alpha_bar[t])), scale=scale)
+
+
+@given(moments(), images, pixels, pixels, st.floats(0.001, 2))
+@example((PAPER, 1), np.ones(2), 1.0, 1.0, 1.0)
+def test_the_reverse_step_adds_sigma_z_but_not_at_t_1(moment, x_t, eps, z, sigma):
+    """Ho (1), N8, V6: x_{t−1} − μ_θ is σ_t z, σ_t a deviation and not a variance; nothing at t = 1."""
+    schedule, t = moment
+    step = reverse_step(x_t, eps, t, z, sigma ** 2, schedule)
+    mean = reverse_mean(x_t, eps, t, schedule)
+    near(step - mean, np.full_like(mean, sigma * z * (t > 1)), scale=6 + np.abs(mean).max())
+
+
+def best_eps(x_t, t, m, s2, schedule):
+    """The best noise prediction for data from N(m, s²), in closed form."""
+    v_t = schedule.alpha_bar[t] * s2 + 1 - schedule.alpha_bar[t]
+    return (1 - schedule.alpha_bar[t]) ** 0.5 * (x_t - schedule.alpha_bar[t] ** 0.5 * m) / v_t
+
+
+@pytest.mark.parametrize("s2, variance, result", [
+    (1.0, "beta", 0.999900), (1.0, "beta_tilde", 0.991067), (0.25, "beta", 0.250752), (0.25, "beta_tilde", 0.246125)])
+def test_algorithm_2_on_gaussian_data_in_numpy(s2, variance, result):
+    """Algorithm 2, N8: with the exact ε* for N(0, s²) the walk is linear; its output variance is known."""
+    x, sigma2 = np.eye(1001)[0], posterior.reverse_variance(variance, PAPER)
+    for t in range(1000, 0, -1):                      # image k is fed one unit of noise, at step k only
+        z = np.eye(1001)[t]
+        x = reverse_step(x, best_eps(x, t, 0.0, s2, PAPER), t, z, sigma2[t], PAPER)
+    assert (x ** 2).sum() == pytest.approx(result, abs=1e-6)
+
+
+@given(moments().filter(lambda m: m[1] > 1), st.floats(-2, 2), st.floats(0.01, 4), pixels)
+def test_the_two_variances_are_the_two_extremes(moment, m, s2, x_t):
+    """Ho section 3.2: on N(m, s²) data q(x_{t−1}|x_t) has variance β_t v_{t−1}/v_t: β_t if s = 1, β̃_t if s = 0."""
+    schedule, t = moment
+    v_prev, v_t = (ddpm.variance_at(u, s2, schedule) for u in (t - 1, t))
+    scale, beta = q_step(1.0, t, schedule)
+    exact = v_prev - (scale * v_prev) ** 2 / v_t                  # conditioning a joint Gaussian
+    near(beta * v_prev / v_t, exact, condition=1 + v_prev / abs(exact))
+    near(posterior.reverse_variance("beta", schedule)[t], beta)
+    tilde = posterior.reverse_variance("beta_tilde", schedule)[t]
+    near(tilde, beta * ddpm.variance_at(t - 1, 0.0, schedule) / ddpm.variance_at(t, 0.0, schedule))
+    mean_prev = math.sqrt(schedule.alpha_bar[t - 1]) * m
+    mean = mean_prev + scale * v_prev / v_t * (x_t - math.sqrt(schedule.alpha_bar[t]) * m)
+    near(reverse_mean(x_t, best_eps(x_t, t, m, s2, schedule), t, schedule), mean,
+         condition=100 / schedule.alpha[t], scale=10)
+
+
+def test_the_decoder_s_variance_exists_even_for_T_1():
+    """Ho (13): β̃_1 = 0 cannot be a density's variance: β̃_2 stands for it, and β_1 where T = 1."""
+    assert posterior.reverse_variance("beta_tilde", ONE_STEP).tolist() == [0, 0.3]
+    sigma2 = posterior.reverse_variance("beta_tilde", PAPER)
+    assert sigma2[1] == sigma2[2] == beta_tilde(2, PAPER) > 0 and sigma2[1000] == beta_tilde(1000, PAPER)
+
+
+# ── The distance between two Gaussians, and the matching term ─────────────────────────────────────
+
+@given(pixels, st.floats(0.05, 4), pixels, st.floats(0.05, 4))
+def test_kl_is_the_integral(m1, v1, m2, v2):
+    """KL: ∫ N_1 (log N_1 − log N_2) dx, on a grid; never negative."""
+    x, dx = grid(m1, v1)
+    log_1, log_2 = log_normal(x, m1, v1), log_normal(x, m2, v2)
+    terms = np.exp(log_1) * (log_1 - log_2) * dx
+    near(kl(m1, v1, m2, v2), terms.sum(), scale=np.abs(terms).sum())
+    assert kl(m1, v1, m2, v2) >= 0
+
+
+@given(pixels, st.floats(0.05, 4), pixels, st.floats(0.05, 4))
+@example(0.5, 2.0, 0.5, 2.0)
+def test_kl_is_zero_only_between_equals(m1, v1, m2, v2):
+    """KL: 0 for the same Gaussian, above 0 for any other."""
+    assert kl(m1, v1, m1, v1) == 0
+    if abs(m1 - m2) > 1e-3 or abs(v1 - v2) > 1e-3:
+        assert kl(m1, v1, m2, v2) > 0
+
+
+@given(pixels, pixels, betas)
+def test_with_equal_variances_only_the_means_matter(mu_tilde, mu, sigma2):
+    """Ho (8), V10: KL = ‖μ̃ − μ‖² / (2σ²)."""
+    near(posterior.matching_mean(mu_tilde, mu, sigma2), kl(mu_tilde, sigma2, mu, sigma2))
+
+
+@given(moments().filter(lambda m: m[1] > 1), pixels, pixels, pixels, st.floats(0.001, 2))
+@example((PAPER, 2), 1.0, 0.5, 0.0, 0.1)
+def test_matching_in_x0(moment, x_t, x0, x0_hat, sigma2):
+    """V11: from the KL of the two posteriors, given x_0 and x̂_0; with β̃ the weight is (SNR_{t−1} − SNR_t)/2."""
+    schedule, t = moment
+    mu_tilde, tilde = posterior.posterior(x_t, x0, t, schedule)
+    mu, _ = posterior.posterior(x_t, x0_hat, t, schedule)
+    scale = (np.abs([mu_tilde, mu]).max() + 3) ** 2 / sigma2
+    near(posterior.matching_x0(x0, x0_hat, t, sigma2, schedule), kl(mu_tilde, sigma2, mu, sigma2), 10, scale)
+    weight = (ddpm.snr(t - 1, schedule) - ddpm.snr(t, schedule)) / 2
+    near(posterior.matching_x0(1.0, 0.0, t, tilde, schedule), weight,
+         condition=10 + ddpm.snr(t - 1, schedule) / weight)
+
+
+@given(moments().filter(lambda m: m[1] > 1), pixels, pixels, pixels, st.floats(0.001, 2))
+@example((PAPER, 2), 1.0, 0.5, 0.0, 0.1)
+def test_matching_in_eps(moment, x_t, eps, eps_hat, sigma2):
+    """Ho (12), V12: from the KL of the two reverse means; with β̃ the weight is (SNR_{t−1}/SNR_t − 1)/2."""
+    schedule, t = moment
+    mu_tilde, mu = reverse_mean(x_t, eps, t, schedule), reverse_mean(x_t, eps_hat, t, schedule)
+    scale = (np.abs([mu_tilde, mu]).max() + 3) ** 2 / sigma2
+    near(posterior.matching_eps(eps, eps_hat, t, sigma2, schedule), kl(mu_tilde, sigma2, mu, sigma2), 10, scale)
+    weight = (ddpm.snr(t - 1, schedule) / ddpm.snr(t, schedule) - 1) / 2
+    near(C(t, beta_tilde(t, schedule), schedule), weight, condition=10 + 1 / weight)
+
+
+def test_C_is_no_constant():
+    """V12 calls C a constant: for the linear schedule it falls 1000-fold from t = 2 to its least."""
+    t = np.arange(2, 1001)
+    weights = C(t, beta_tilde(t, PAPER), PAPER)
+    assert weights[0] / weights.min() > 50 and weights.min() > 0
+
+
+@given(moments().filter(lambda m: m[1] > 1), pixels, pixels)
+def test_the_constant_that_beta_leaves(moment, mu_tilde, mu):
+    """constant: with σ² = β_t the KL has D/2 [β̃/β − 1 + ln(β/β̃)] beside the means; with β̃_t nothing."""
+    schedule, t = moment
+    beta, tilde = schedule.beta[t], beta_tilde(t, schedule)
+    left = kl(mu_tilde, tilde, mu, beta)
+    near(left, posterior.matching_mean(mu_tilde, mu, beta) + posterior.matching_constant(t, beta, schedule), scale=1)
+    assert posterior.matching_constant(t, tilde, schedule) == 0
+
+
+def test_the_constant_is_half_a_bit_in_total():
+    """constant: 0.486 bits/dim over all t > 1 of the linear schedule."""
+    t = np.arange(2, 1001)
+    total = posterior.matching_constant(t, PAPER.beta[2:], PAPER).sum() / math.log(2)
+    assert total == pytest.approx(0.486, abs=5e-4)
+
+
+# ── The bound ─────────────────────────────────────────────────────────────────────────────────────
+
+walkable = st.lists(st.floats(0.001, 0.9), min_size=1, max_size=8).map(schedule_of)
+
+
+@given(walkable, st.data())
+@example(ONE_STEP, None)
+def test_the_bound_telescopes_along_every_path(schedule, data):
+    """Ho (3, 5), V7: log q(x_{1:T}|x_0)/p(x_{0:T}) is L_T + Σ L_{t−1} + L_0, for any path and any reverse."""
+    number = (lambda: data.draw(pixels)) if data else (lambda: 0.7)
+    path = [np.array([number(), number()]) for _ in range(schedule.T + 1)]
+    slopes = [number() for _ in range(schedule.T + 1)]
+
+    def reverse(x_t, t):
+        return slopes[t] * x_t + 0.1, 0.2 + slopes[t] ** 2
+
+    terms = posterior.path_terms(path, reverse, schedule)
+    size = sum(1 / variance for t in range(1, schedule.T + 1)
+               for variance in (schedule.beta[t], beta_tilde(t, schedule) if t > 1 else 1))
+    near(sum(terms), posterior.path_bound(path, reverse, schedule), scale=100 * (1 + size))
+
+
+@given(walkable, st.data(), st.floats(-1, 1), st.floats(0.1, 3))
+def test_exact_reverse_kernels_leave_only_the_prior(schedule, data, m, s2):
+    """Ho (3), V7: for N(m, s²) data and its exact reverse, L + log q(x_0) = log q(x_T)/p(x_T) on every path."""
+    path = [np.array([data.draw(pixels)]) for _ in range(schedule.T + 1)]
+
+    def marginal(t):
+        return math.sqrt(schedule.alpha_bar[t]) * m, ddpm.variance_at(t, s2, schedule)
+
+    def reverse(x_t, t):
+        sigma2 = schedule.beta[t] * marginal(t - 1)[1] / marginal(t)[1]
+        return reverse_mean(x_t, best_eps(x_t, t, m, s2, schedule), t, schedule), sigma2
+
+    bound = posterior.path_bound(path, reverse, schedule)
+    expected = (log_normal(path[-1], *marginal(schedule.T)) - log_normal(path[-1], 0, 1)
+                - log_normal(path[0], m, s2)).sum()
+    size = sum(1 / (schedule.beta[t] * min(1, marginal(t - 1)[1])) for t in range(1, schedule.T + 1))
+    near(bound, expected, condition=10, scale=100 * (1 + size))
+
+
+@given(schedules, st.lists(pixels, min_size=1, max_size=4).map(np.array))
+def test_L_T_is_the_expected_first_term(schedule, x0):
+    """Ho (5), N2, V7: L_T = E_q [log q(x_T|x_0) − log p(x_T)], integrated on a grid; its unit is bits per pixel."""
+    expected = []
+    for pixel in x0:
+        mean, variance = q_marginal(pixel, schedule.T, schedule)
+        x, dx = grid(mean, variance)
+        log_q = log_normal(x, mean, variance)
+        expected.append((np.exp(log_q) * (log_q - log_normal(x, 0, 1)) * dx).sum())
+    size = 10 + abs(math.log(schedule.one_minus_alpha_bar[schedule.T]))
+    near(posterior.L_T(x0, schedule), expected, condition=10, scale=size)
+    near(posterior.bits_per_dim(posterior.L_T(x0, schedule)), sum(expected) / len(x0) / math.log(2), 10, scale=size)
+
+
+@given(st.floats(-1.5, 1.5), st.floats(1e-5, 1))
+@example(0.0, 1e-4)
+@example(-1.0, 1.0)
+@example(1.2, 1e-5)
+def test_the_decoder_s_256_bins_sum_to_1(mean, sigma2):
+    """Ho (13): the bins of width 2/255, the outer two open, are a partition: their probabilities sum to 1."""
+    p = np.exp(-posterior.L_0(np.arange(256) / 127.5 - 1, mean, sigma2))
+    near(p.sum(), 1)
+    assert np.all(p >= 0)
+
+
+@given(st.integers(0, 255), st.floats(0.01, 1), st.floats(-4, 4))
+def test_the_decoder_integrates_the_density_over_a_bin(level, sigma, offset):
+    """Ho (13): exp(−L_0) is ∫ N(x; μ, σ²) over (x_0 − 1/255, x_0 + 1/255), here by Simpson's rule."""
+    x0 = level / 127.5 - 1
+    mean = x0 + offset * sigma
+    left, right = x0 - 1 / 255, x0 + 1 / 255
+    left = mean - 12 * sigma - 1 if level == 0 else left
+    right = mean + 12 * sigma + 1 if level == 255 else right
+    x = np.linspace(left, right, 20001)
+    weights = np.where(np.arange(20001) % 2, 4.0, 2.0)
+    weights[[0, -1]] = 1
+    p = (weights * np.exp(log_normal(x, mean, sigma ** 2))).sum() * (x[1] - x[0]) / 3
+    assert math.exp(-posterior.L_0(x0, mean, sigma ** 2)) == pytest.approx(p, rel=1e-6)
+
+
+def test_the_decoder_is_exact_far_from_the_mean():
+    """Ho (13): ten deviations off, on either side, the probability is tiny and still right, not 0."""
+    both = [posterior.L_0(sign * 0.2 - 1 / 255 + sign / 255, sign * 0.2 - 1 / 255 + sign / 255 - sign * 0.3, 0.03 ** 2)
+            for sign in (1, -1)]
+    assert both[0] == pytest.approx(both[1], rel=1e-9) and both[0] == pytest.approx(51.3, abs=1.5)
+
+
+# ── The simple loss ───────────────────────────────────────────────────────────────────────────────
+
+@given(images)
+def test_l_simple_of_nothing_and_of_everything(eps):
+    """Ho (14), N6, N7: a perfect prediction costs 0, a zero prediction the noise's mean square: 1."""
+    assert ddpm.l_simple(eps, eps) == 0
+    near(ddpm.l_simple(eps, 0 * eps), sum(float(e) ** 2 for e in eps.flat) / eps.size)
+    near(ddpm.l_simple(np.array([1.0, 2.0, 3.0]), np.array([2.0, 1.0, 3.0])), 2 / 3)     # signs do not cancel
+
+
+@pytest.mark.parametrize("s2, floor", [(1.0, 0.275513), (0.25, 0.173053)])
+def test_l_simple_has_a_floor(s2, floor):
+    """Ho (14): on N(0, s²) data no prediction has a mean loss below 0.275513 (s² = 1) or 0.173053 (s² = 1/4)."""
+    losses = []
+    for t in range(1, 1001):
+        # ε − ε*(x_t) is linear in (x_0, ε), so its mean square is the sum of those of its two parts
+        x_t = ddpm.q_sample(np.array([math.sqrt(s2), 0.0]), t, np.array([0.0, 1.0]), PAPER)
+        losses.append(2 * ddpm.l_simple(np.array([0.0, 1.0]), best_eps(x_t, t, 0.0, s2, PAPER)))
+    assert np.mean(losses) == pytest.approx(floor, abs=1e-6)
+    if s2 == 1:
+        assert np.mean(losses) == pytest.approx(PAPER.alpha_bar[1:].mean())
+
+
+# ── The score ─────────────────────────────────────────────────────────────────────────────────────
+
+mixtures = st.lists(st.tuples(st.floats(0.1, 1), st.floats(-1, 1), st.floats(0.01, 0.5)), min_size=1, max_size=3)
+
+
+@given(st.lists(st.floats(0.01, 0.9), min_size=1, max_size=6).map(schedule_of), st.data(), mixtures, st.floats(-2, 2))
+def test_the_best_noise_prediction_is_the_score(schedule, data, mixture, x_t):
+    """score: E[ε|x_t] = −√(1−ᾱ_t) ∇ log q_t, for data from any Gaussian mixture, against a numerical gradient."""
+    t = data.draw(st.integers(1, schedule.T))
+    x0 = np.linspace(-8, 8, 16001)
+    q_0 = sum(w * np.exp(log_normal(x0, m, v)) for w, m, v in mixture)
+
+    def log_q_t(x):
+        joint = q_0 * np.exp(log_normal(x, *q_marginal(x0, t, schedule)))
+        return math.log(joint.sum()), (joint * x0).sum() / joint.sum()
+    gradient = (log_q_t(x_t - 2e-3)[0] - 8 * log_q_t(x_t - 1e-3)[0]
+                + 8 * log_q_t(x_t + 1e-3)[0] - log_q_t(x_t + 2e-3)[0]) / 12e-3
+    best = ddpm.eps_from_x0(x_t, t, log_q_t(x_t)[1], schedule)
+    assert posterior.score(best, t, schedule) == pytest.approx(gradient, rel=1e-5, abs=1e-5)
+
+
+@given(st.lists(st.floats(0.01, 0.9), min_size=1, max_size=6).map(schedule_of), st.data(), mixtures, st.floats(-2, 2))
+def test_tweedie_gives_the_mean_of_the_previous_image(schedule, data, mixture, x_t):
+    """score: E[x_{t−1}|x_t] = (x_t + β_t ∇ log q_t)/√α_t, exact for any β and any data, against an integral."""
+    t = data.draw(st.integers(1, schedule.T))
+
+    def parts(time):
+        return [(w, math.sqrt(schedule.alpha_bar[time]) * m,
+                 schedule.alpha_bar[time] * v + 1 - schedule.alpha_bar[time]) for w, m, v in mixture]
+    x_prev = np.linspace(-9, 9, 18001)
+    joint = sum(w * np.exp(log_normal(x_prev, m, v)) for w, m, v in parts(t - 1))
+    joint = joint * np.exp(log_normal(x_t, *q_step(x_prev, t, schedule)))
+    density = sum(w * math.exp(log_normal(x_t, m, v)) for w, m, v in parts(t))
+    slope = sum(w * math.exp(log_normal(x_t, m, v)) * (m - x_t) / v for w, m, v in parts(t))
+    assert posterior.tweedie_mean(x_t, slope / density, t, schedule) == pytest.approx(
+        (joint * x_prev).sum() / joint.sum(), rel=1e-6, abs=1e-8)
