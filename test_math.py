@@ -674,3 +674,542 @@ def test_tweedie_gives_the_mean_of_the_previous_image(schedule, data, mixture, x
     slope = sum(w * math.exp(log_normal(x_t, m, v)) * (m - x_t) / v for w, m, v in parts(t))
     assert posterior.tweedie_mean(x_t, slope / density, t, schedule) == pytest.approx(
         (joint * x_prev).sum() / joint.sum(), rel=1e-6, abs=1e-8)
+
+
+# ══ PyTorch against NumPy ═════════════════════════════════════════════════════════════════════════
+
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+on_every_device = pytest.mark.parametrize("device", DEVICES)
+
+
+def near32(found: torch.Tensor, exact, condition=1.0):
+    """As `near`, for float32: a few dozen roundings of 2⁻²⁴, relative to the largest value there is."""
+    exact = np.asarray(exact)
+    np.testing.assert_allclose(found.detach().double().cpu().numpy(), exact, rtol=0,
+                               atol=3e-6 * condition * max(np.abs(exact).max(), 1e-30))
+
+
+def batch_of(seed, *shape, device="cpu"):
+    """The same standard normal numbers for both worlds: float64 for NumPy, and their float32 tensor."""
+    array = np.random.default_rng(seed).standard_normal(shape).astype(np.float32).astype(np.float64)
+    return array, torch.tensor(array, dtype=torch.float32, device=device)
+
+
+def small_unet(seed=0, **changes):
+    """A U-Net with a level, attention, labels and no weight that is zero."""
+    torch.manual_seed(seed)
+    net = UNet(**dict(size=8, channels=1, width=8, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0,
+                      labels=3, groups=4) | changes)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.15)
+    return net.eval()
+
+
+# ── The training path ─────────────────────────────────────────────────────────────────────────────
+
+@on_every_device
+@pytest.mark.parametrize("schedule", [ONE_STEP, PAPER, cosine(1000)], ids=["T=1", "linear", "cosine"])
+def test_tables_are_cast_once_from_float64(schedule, device):
+    """Ho (4): every table on the device is the float64 one, rounded to float32 and nothing else."""
+    for found, exact in zip(sample.on_device(schedule, device), schedule):
+        assert np.array_equal(found.cpu().numpy(), exact.astype(np.float32))
+
+
+@on_every_device
+@given(seed=st.integers(0, 99), moment=moments(first=0))
+@example(seed=0, moment=(PAPER, 1))
+def test_torch_x_t_is_numpy_x_t(device, seed, moment):
+    """Ho (4), N3: q_sample in both worlds, with one t for all images and with a t for each."""
+    schedule, t = moment
+    (x0, x0_torch), (eps, eps_torch) = (batch_of(seed + i, 2, 1, 4, 4, device=device) for i in (0, 100))
+    tables = sample.on_device(schedule, device)
+    near32(sample.q_sample(x0_torch, t, eps_torch, tables), ddpm.q_sample(x0, t, eps, schedule))
+    each = np.array([t, schedule.T])
+    near32(sample.q_sample(x0_torch, torch.tensor(each, device=device), eps_torch, tables),
+           ddpm.q_sample(x0, each.reshape(2, 1, 1, 1), eps, schedule))
+
+
+@on_every_device
+def test_torch_loss_and_its_gradient_are_numpy_s(device):
+    """Ho (14), N6, N7: train.py's loss is ddpm.l_simple of the same noise; its gradient is 2(ε_θ − ε)/n."""
+    (x0, x0_torch), (eps, eps_torch) = (batch_of(i, 5, 1, 8, 8, device=device) for i in (0, 1))
+    t = np.array([1, 2, 500, 999, 1000])
+    label = torch.tensor([0, 1, 2, 3, 0], device=device)
+    net, outputs = small_unet().to(device), []
+
+    def eps_theta(x_t, t, label):
+        outputs.append(net(x_t, t, label))
+        outputs[0].retain_grad()
+        return outputs[0]
+
+    loss = train.l_simple(eps_theta, x0_torch, torch.tensor(t, device=device), eps_torch, label,
+                          sample.on_device(PAPER, device))
+    loss.backward()
+    x_t = ddpm.q_sample(x0, t.reshape(-1, 1, 1, 1), eps, PAPER)
+    with torch.no_grad():
+        eps_hat = net(torch.tensor(x_t, dtype=torch.float32, device=device), torch.tensor(t, device=device), label)
+    eps_hat = eps_hat.double().cpu().numpy()
+    near32(loss, ddpm.l_simple(eps, eps_hat), condition=3)
+    near32(outputs[0].grad, 2 * (eps_hat - eps) / eps.size, condition=3)
+
+
+def test_a_perfect_network_has_no_loss():
+    """Ho (14): the noise in the loss is the noise in x_t: a network that knows it scores 0, silence scores 1."""
+    (_, x0), (_, eps) = batch_of(0, 64, 1, 8, 8), batch_of(1, 64, 1, 8, 8)
+    t, tables = torch.arange(1, 65), sample.on_device(PAPER, "cpu")
+
+    def knows(x_t, t, label):
+        root, rest = (table[t].sqrt().reshape(-1, 1, 1, 1) for table in (tables.alpha_bar, tables.one_minus_alpha_bar))
+        return (x_t - root * x0) / rest
+    assert train.l_simple(knows, x0, t, eps, None, tables) < 1e-8
+    assert train.l_simple(lambda x_t, t, label: 0 * x_t, x0, t, eps, None, tables) == pytest.approx(1, abs=0.05)
+
+
+@given(st.integers(1, 300), st.sampled_from([1, 2, 10, 1000]), st.integers(0, 10**6))
+def test_t_is_drawn_from_1_to_T(count, T, seed):
+    """Ho Algorithm 1 line 3: every t in 1..T, and T too; each k-th part of the range gets the k-th draw."""
+    t = train.draw_t(count, T, torch.Generator().manual_seed(seed)).numpy()
+    assert t.min() >= 1 and t.max() <= T and len(t) == count
+    assert np.all(np.abs((t - 0.5) / T - (np.arange(count) + 0.5) / count) <= 0.5 / T + 0.5 / count + 1e-6)
+
+
+def test_every_t_is_equally_likely():
+    """Ho Algorithm 1 line 3: 20,000 draws of 1..10 in batches of 3: each about a tenth (6 standard errors)."""
+    generator = torch.Generator().manual_seed(0)
+    t = torch.cat([train.draw_t(3, 10, generator) for _ in range(20000 // 3)])
+    shares = np.bincount(t.numpy(), minlength=11)[1:] / len(t)
+    assert np.all(np.abs(shares - 0.1) < 6 * math.sqrt(0.09 / 20000))
+
+
+class Linear(nn.Module):
+    """ε_θ(x_t, t) = w_t x_t: a network that can express the best prediction for N(0, s²) data."""
+
+    def __init__(self, T):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(T + 1))
+
+    def forward(self, x_t, t, label=None):
+        return self.w[t].reshape(-1, 1, 1, 1) * x_t
+
+
+def test_training_on_gaussian_data_reaches_the_floor_and_not_below():
+    """Ho (14), Algorithm 1: the training loop brings the expected loss on N(0, 1) to 0.2755, from above."""
+    net = Linear(1000)
+    settings = train.PRESETS["digits"] | dict(lr=0.05, steps=400, warmup=10)
+    run = train.Run(dict(train=settings), net, Linear(1000), torch.optim.Adam(net.parameters()),
+                    torch.device("cpu"), None, 0, 1, None, torch.Generator().manual_seed(0))
+    tables = sample.on_device(PAPER, "cpu")
+    for run.step in range(1, 401):
+        t = train.draw_t(1000, 1000, run.noise)
+        x0, eps = torch.randn(2, 1000, 1, 2, 2, generator=run.noise)
+        train.gradient_step(run, train.l_simple(net, x0, t, eps, None, tables))
+    for trained in (run.net, run.ema):
+        w = trained.w.detach().double().numpy()[1:]
+        root, rest = np.sqrt(PAPER.alpha_bar[1:]), np.sqrt(PAPER.one_minus_alpha_bar[1:])
+        expected = ((w * root) ** 2 + (1 - w * rest) ** 2).mean()
+        assert 0.275513 - 1e-6 < expected < 0.2775
+
+
+def test_the_gradient_step_is_clipped_adam_and_an_average_of_parameters():
+    """Ho Algorithm 1 line 5: the gradient's norm is at most 1; the average follows the parameters alone."""
+    net, ema = Linear(3), Linear(3)
+    net.register_buffer("table", torch.ones(1))
+    ema.register_buffer("table", torch.zeros(1))
+    settings = train.PRESETS["digits"] | dict(lr=0.1, steps=1000, warmup=1, ema=0.75)
+    run = train.Run(dict(train=settings), net, ema, torch.optim.SGD(net.parameters(), lr=9), torch.device("cpu"),
+                    None, 0, 1, None, None, step=1)
+    run.step = 1
+    train.gradient_step(run, (net.w * torch.tensor([0.0, 300.0, 0.0, 400.0])).sum())
+    np.testing.assert_allclose(net.w.detach(), [0, -0.06, 0, -0.08], atol=1e-6)        # lr · gradient / 500
+    np.testing.assert_allclose(ema.w.detach(), net.w.detach() * (1 - 2 / 11), atol=1e-6)        # (1 + 1)/(10 + 1)
+    run.step = 500
+    before = ema.w.detach().clone()
+    train.gradient_step(run, 0 * net.w.sum())
+    np.testing.assert_allclose(ema.w.detach(), 0.75 * before + 0.25 * net.w.detach(), atol=1e-6)
+    assert ema.table == 0
+
+
+def test_the_learning_rate_rises_and_falls():
+    """Warmup in a straight line; with decay down to the last step's 1/steps; without, constant."""
+    settings = dict(lr=2.0, warmup=10, steps=100, decay=True)
+    assert train.learning_rate(1, settings) == pytest.approx(0.2)
+    assert train.learning_rate(10, settings) == pytest.approx(2 * 0.91)
+    assert train.learning_rate(100, settings) == pytest.approx(2 * 0.01)
+    assert train.learning_rate(100, settings | dict(decay=False)) == 2.0
+
+
+# ── The U-Net ─────────────────────────────────────────────────────────────────────────────────────
+
+def test_the_paper_s_network_has_the_paper_s_size():
+    """Ho appendix B: 35.7 million parameters for CIFAR10, to the last one; 113.7 million at 256 x 256."""
+    with torch.device("meta"):
+        assert parameters(UNet()) == 35_746_307
+        assert parameters(UNet(256, multipliers=(1, 1, 2, 2, 4, 4))) == 113_673_219
+
+
+def test_the_time_embedding_is_sines_then_cosines():
+    """Ho appendix B: sin and cos of t · 10000^(−k/(half−1)), against plain floating-point powers."""
+    t = torch.tensor([1, 2, 500, 1000])
+    found = time_embedding(t, 8)
+    for row, time in zip(found, t.tolist()):
+        angles = [time * 10000 ** (-k / 3) for k in range(4)]
+        near32(row, [math.sin(a) for a in angles] + [math.cos(a) for a in angles], condition=100)
+
+
+def test_attention_is_the_softmax_of_dot_products():
+    """Ho appendix B: x + proj(softmax(Q Kᵀ/√C) V), written out in NumPy."""
+    torch.manual_seed(0)
+    attention = Attention(8, groups=2)
+    nn.init.normal_(attention.norm.weight), nn.init.normal_(attention.norm.bias)
+    x, x_torch = batch_of(0, 2, 8, 3, 3)
+    weights = {name: p.detach().double().numpy() for name, p in attention.named_parameters()}
+    for found, image in zip(attention(x_torch), x):
+        groups = image.reshape(2, -1)
+        groups = (groups - groups.mean(1, keepdims=True)) / np.sqrt(groups.var(1, keepdims=True) + 1e-6)
+        pixels = (groups.reshape(8, 9).T * weights["norm.weight"] + weights["norm.bias"])
+        q, k, v = np.split(pixels @ weights["qkv.weight"].T + weights["qkv.bias"], 3, axis=1)
+        attends = np.exp(q @ k.T / math.sqrt(8))
+        attends /= attends.sum(1, keepdims=True)
+        h = attends @ v @ weights["proj.weight"].T + weights["proj.bias"]
+        near32(found, image + h.T.reshape(8, 3, 3), condition=10)
+
+
+def test_a_block_is_its_equation():
+    """Ho appendix B: norm, act, conv, + Linear(act(temb)), norm, act, conv, + shortcut, with plain operations."""
+    torch.manual_seed(1)
+    block = Block(4, 8, 6, groups=2, dropout=0.0, attention=False)
+    for p in block.parameters():
+        nn.init.normal_(p)
+    x, temb = torch.randn(2, 4, 5, 5), torch.randn(2, 6)
+
+    def norm(x, weight, bias):
+        g = x.reshape(2, 2, -1)
+        g = (g - g.mean(2, keepdim=True)) / (g.var(2, correction=0, keepdim=True) + 1e-6).sqrt()
+        return g.reshape(x.shape) * weight[:, None, None] + bias[:, None, None]
+
+    def act(x):
+        return x / (1 + torch.exp(-x))
+
+    h = block.conv1(act(norm(x, block.norm1.weight, block.norm1.bias)))
+    h = h + (act(temb) @ block.time.weight.T + block.time.bias)[:, :, None, None]
+    h = block.conv2(act(norm(h, block.norm2.weight, block.norm2.bias)))
+    near32(block(x, temb), (h + block.shortcut(x)).detach().numpy(), condition=10)
+
+
+def test_downsampling_pads_right_and_bottom_only():
+    """Ho appendix B: conv3 with stride 2 sees the pixel above-left of none, and a zero beyond the last."""
+    down = Downsample(1)
+    nn.init.zeros_(down.conv.bias), nn.init.zeros_(down.conv.weight)
+    down.conv.weight.data[0, 0, 0, 0] = 1
+    x = torch.arange(16.0).reshape(1, 1, 4, 4)
+    assert torch.equal(down(x, None), x[:, :, ::2, ::2])
+    down.conv.weight.data[0, 0] = torch.tensor([[0, 0, 0], [0, 0, 0], [0, 0, 1.0]])
+    assert down(x, None)[0, 0].tolist() == [[10, 0], [0, 0]]
+
+
+def test_an_untrained_network_predicts_no_noise_and_every_parameter_learns():
+    """Ho appendix B: the output begins at 0 (loss 1); after a few steps each parameter has a gradient."""
+    torch.manual_seed(0)
+    net = UNet(8, 1, 8, (1, 2), 1, (4,), 0.0, 3, 4)
+    x, t, label = torch.randn(4, 1, 8, 8), torch.tensor([1, 5, 9, 1000]), torch.tensor([0, 1, 2, 3])
+    assert torch.count_nonzero(net(x, t, label)) == 0
+    net = small_unet()
+    net(x, t, label).square().sum().backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() > 0, name
+
+
+def test_the_network_sees_t_and_the_label():
+    """N6: ε_θ(x_t, t) depends on t; a label changes it, and the label after the last stands for none."""
+    net, x = small_unet(), torch.randn(1, 1, 8, 8).repeat(4, 1, 1, 1)
+    with torch.no_grad():
+        by_t = net(x, torch.tensor([1, 2, 500, 1000]), torch.zeros(4, dtype=torch.long))
+        by_label = net(x, torch.full((4,), 7), torch.tensor([0, 1, 2, 3]))
+    for outputs in (by_t, by_label):
+        assert min((outputs[i] - outputs[j]).abs().max() for i in range(4) for j in range(i)) > 1e-4
+
+
+@pytest.mark.parametrize("size, channels, patch", [((8, 8), 1, 1), ((12, 20), 3, 1), ((28, 28), 1, 2), ((32, 32), 3, 4)])
+def test_any_size_that_can_be_halved(size, channels, patch):
+    """Ho appendix B: the output has the input's shape, whatever its size; other sizes are refused in words."""
+    net = small_unet(size=size[0], channels=channels, labels=0, patch=patch)
+    x = torch.randn(2, channels, *size)
+    assert net(x, torch.tensor([1, 2])).shape == x.shape
+    with pytest.raises(ValueError, match=f"multiples of {2 * patch}"):
+        net(x[:, :, 1:], torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="groups"):
+        UNet(width=100)
+
+
+# ── Algorithm 2 and the other samplers ────────────────────────────────────────────────────────────
+
+def step_arguments(schedule, t, device="cpu", seed=0):
+    """x_t, ε_θ, the x̂_0 it implies, one from before, and z: in NumPy and in PyTorch."""
+    both = [batch_of(seed + i, 2, 1, 3, 3, device=device) for i in range(4)]
+    (x_t, x_t32), (eps, eps32), (before, before32), (z, z32) = both
+    x0 = ddpm.x0_from_eps(x_t, t, eps, schedule)
+    x0_32 = torch.tensor(x0, dtype=torch.float32, device=device)
+    return (x_t, eps, x0, before, z), (x_t32, eps32, x0_32, before32, z32)
+
+
+mild = st.lists(st.floats(0.001, 0.7), min_size=1, max_size=6).map(schedule_of)
+
+
+@on_every_device
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+@given(schedule=mild, data=st.data())
+def test_torch_reverse_step_is_numpy_s(device, variance, schedule, data):
+    """Ho (1, 11), N8, V6: one step of Algorithm 2, with the same noise, σ_t² = β_t and β̃_t."""
+    t = data.draw(st.integers(1, schedule.T))
+    (x_t, eps, x0, before, z), (x_t32, eps32, x0_32, before32, z32) = step_arguments(schedule, t, device)
+    sigma2 = posterior.reverse_variance(variance, schedule)[t]
+    found = sample.ddpm_step(x_t32, t, eps32, x0_32, before32, z32 * (t > 1), sample.on_device(schedule, device), variance)
+    near32(found, reverse_step(x_t, eps, t, z, sigma2, schedule), condition=10)
+
+
+@on_every_device
+@given(schedule=mild, data=st.data())
+def test_ddim_with_eta_1_is_the_posterior(device, schedule, data):
+    """DDIM: η = 1 is a draw from q(x_{t−1}|x_t, x̂_0), Ho (6, 7), exactly."""
+    t = data.draw(st.integers(1, schedule.T))
+    (x_t, eps, x0, before, z), (x_t32, eps32, x0_32, before32, z32) = step_arguments(schedule, t, device)
+    found = sample.ddim_step(x_t32, t, eps32, x0_32, before32, z32, sample.on_device(schedule, device), eta=1.0)
+    near32(found, draw(*posterior.posterior(x_t, x0, t, schedule), z), condition=10)
+
+
+@given(schedule=mild, data=st.data(), eta=st.floats(0, 1))
+def test_ddim_keeps_the_marginal_for_any_eta(schedule, data, eta):
+    """DDIM: for the true x_0, √(1−ᾱ_{t−1}−σ²) ε + σ z has variance 1 − ᾱ_{t−1}: x_{t−1} is from q(x_{t−1}|x_0)."""
+    t = data.draw(st.integers(1, schedule.T))
+    tables = Schedule(*map(torch.tensor, schedule))
+    eps, z, x0 = torch.eye(3, dtype=torch.float64)             # three images, each fed one of the three
+    x_t = tables.alpha_bar[t].sqrt() * x0 + tables.one_minus_alpha_bar[t].sqrt() * eps
+    found = sample.ddim_step(x_t, t, eps, x0, None, z, tables, eta).numpy()
+    near((found[:2] ** 2).sum(), schedule.one_minus_alpha_bar[t - 1], scale=1e-3)
+    near(found[2], math.sqrt(schedule.alpha_bar[t - 1]))
+    near(found[1] ** 2, eta ** 2 * (beta_tilde(t, schedule)), scale=1e-3)
+
+
+@given(schedule=mild, data=st.data())
+def test_the_first_dpm_step_is_ddim(schedule, data):
+    """DPM: with no x̂_0 before, and in the last step, DPM-Solver++ is DDIM with η = 0."""
+    t = data.draw(st.integers(1, schedule.T))
+    _, (x_t, eps, x0, before, z) = step_arguments(schedule, t)
+    tables = sample.on_device(schedule, "cpu")
+    ddim = sample.ddim_step(x_t, t, eps, x0, None, z, tables).numpy()
+    near32(sample.dpm_step(x_t, t, eps, x0, None, z, tables), ddim, condition=10)
+    near32(sample.dpm_step(x_t, 1, eps, x0, before, z, tables), x0.numpy())
+
+
+@given(schedule=st.lists(st.floats(0.001, 0.7), min_size=2, max_size=6).map(schedule_of), data=st.data())
+def test_dpm_is_exact_where_the_prediction_does_not_change(schedule, data):
+    """DPM: for constant x̂_0 the step lands on √ᾱ_{t−1} x̂_0 + σ_{t−1}/σ_t (x_t − √ᾱ_t x̂_0), for any step sizes."""
+    t = data.draw(st.integers(1, schedule.T))
+    tables = Schedule(*map(torch.tensor, schedule))
+    x_t, x0 = torch.tensor([0.3, -1.2], dtype=torch.float64), torch.tensor([0.5, 0.25], dtype=torch.float64)
+    found = sample.dpm_step(x_t, t, None, x0, x0 if t < schedule.T else None, None, tables)
+    (mean, variance), (mean_prev, variance_prev) = (q_marginal(x0.numpy(), u, schedule) for u in (t, t - 1))
+    near(found.numpy(), mean_prev + math.sqrt(variance_prev / variance) * (x_t.numpy() - mean), condition=100, scale=3)
+
+
+def gaussian_walk(step, schedule, times=None, s2=1.0, m=0.0, units=None, x_T=None):
+    """The last image of sample.walk with the exact ε* for N(m, s²) data, in float64."""
+    tables = Schedule(*map(torch.tensor, schedule))
+
+    def eps_theta(x_t, t):
+        return best_eps(x_t, t, m, s2, tables)
+    noises = iter(units if units is not None else [torch.zeros_like(x_T)] * 2000)
+    predict = sample.predict_with(eps_theta, tables, clip=False)
+    *_, x0 = sample.walk(predict, x_T if x_T is not None else next(noises), tables, step, lambda: next(noises))
+    return x0
+
+
+@pytest.mark.parametrize("step, s2, result", [
+    ("beta", 1.0, 0.999900), ("beta", 0.25, 0.250752), ("beta_tilde", 1.0, 0.991067), ("beta_tilde", 0.25, 0.246125),
+    ("ddim", 1.0, 0.996252), ("ddim", 0.25, 0.248498)])
+def test_the_walk_on_gaussian_data(step, s2, result):
+    """Algorithm 2, N8, DDIM: with the exact ε* the output variance is known to six digits, image k fed noise k."""
+    def chosen(*arguments):
+        if step == "ddim":
+            return sample.ddim_step(*arguments)
+        return sample.ddpm_step(*arguments, variance=step)
+    x0 = gaussian_walk(chosen, PAPER, s2=s2, units=torch.eye(1000, dtype=torch.float64))
+    assert (x0 ** 2).sum().item() == pytest.approx(result, abs=1e-6)
+
+
+def test_orders_of_the_solvers():
+    """DDIM is of order 1, DPM-Solver++(2M) of order 2: half the step, half (a quarter of) the error, from 80 steps on."""
+    m, s2, x_T = 0.3, 0.25, torch.tensor([1.0], dtype=torch.float64)
+    fine = linear(12800, 1e-4 / 12.8, 0.02 / 12.8)
+    errors = {}
+    for name, step in (("ddim", sample.ddim_step), ("dpm", sample.dpm_step)):
+        for steps in (80, 160, 320):
+            # end at t_1 = 1/80 of the way, where λ is finite: what is left is one first-order step for both
+            times = np.concatenate([[0], np.linspace(12800 // 80, 12800, steps + 1).round().astype(int)])
+            short = ddpm.respaced(fine, times)
+            tables = Schedule(*map(torch.tensor, short))
+            predict = sample.predict_with(lambda x_t, t: best_eps(x_t, t, m, s2, tables), tables, clip=False)
+            *_, x_1, _ = sample.walk(predict, x_T, tables, step, lambda: torch.zeros_like(x_T))
+            v = [ddpm.variance_at(t, s2, short) for t in (short.T, 1)]
+            root = np.sqrt(short.alpha_bar[[short.T, 1]])
+            exact = root[1] * m + math.sqrt(v[1] / v[0]) * (1.0 - root[0] * m)       # the flow scales with √v
+            errors[name, steps] = abs(x_1.item() - exact)
+    assert errors["ddim", 80] / errors["ddim", 160] == pytest.approx(2, abs=0.1)
+    assert errors["ddim", 160] / errors["ddim", 320] == pytest.approx(2, abs=0.1)
+    assert errors["dpm", 80] / errors["dpm", 160] == pytest.approx(4, abs=0.5)
+    assert errors["dpm", 160] / errors["dpm", 320] == pytest.approx(4, abs=0.4)
+    assert errors["dpm", 80] < errors["ddim", 320]
+
+
+CONFIG = dict(schedule=dict(kind="linear", T=12, beta_1=0.01, beta_T=0.3), shape=[1, 8, 8], float32=True)
+
+
+@on_every_device
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_whole_walk_through_a_network_is_numpy_s(device, clip, variance, seed):
+    """Algorithm 2, N4, N8: generate() against posterior.reverse_step: same network, same noise, every x_t."""
+    net, schedule = small_unet(seed, labels=0).to(device), linear(12, 0.01, 0.3)
+    found = list(sample.generate(net, CONFIG, range(5, 7), seed, variance=variance, clip=clip))
+    assert len(found) == 13
+    streams = [np.random.default_rng((seed, i)) for i in (5, 6)]
+    x_t = np.stack([s.standard_normal((1, 8, 8), dtype=np.float32) for s in streams]).astype(np.float64)
+    near32(found[0], x_t)
+    for t in range(12, 0, -1):
+        with torch.no_grad():
+            eps = net(torch.tensor(x_t, dtype=torch.float32, device=device), torch.full((2,), t, device=device))
+        eps = eps.double().cpu().numpy()
+        if clip:
+            x0 = np.clip(ddpm.x0_from_eps(x_t, t, eps, schedule), -1, 1)
+            eps = ddpm.eps_from_x0(x_t, t, x0, schedule)
+        z = np.stack([s.standard_normal((1, 8, 8), dtype=np.float32) for s in streams]) if t > 1 else 0.0
+        x_t = reverse_step(x_t, eps, t, z, posterior.reverse_variance(variance, schedule)[t], schedule)
+        near32(found[13 - t], x_t, condition=30)
+
+
+def test_clipping_changes_the_mean_it_claims_to_change():
+    """Ho (10, 15): with clip, x̂_0 stays in [-1, 1] and the mean is the posterior's with that x̂_0; without, not."""
+    tables, x_t = sample.on_device(PAPER, "cpu"), torch.full((1, 1, 2, 2), 5.0)
+    for clip in (True, False):
+        eps, x0 = sample.predict_with(lambda x_t, t: 0 * x_t, tables, clip)(x_t, 900)
+        assert (x0.abs().max() <= 1) == clip
+        mean = sample.ddpm_step(x_t, 900, eps, x0, None, torch.zeros_like(x_t), tables)
+        near32(mean, posterior.posterior(x_t.numpy(), x0.numpy().astype(float), 900, PAPER)[0], condition=10)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
+@given(st.integers(1, 30), st.data())
+@example(1, None)
+def test_any_number_of_steps_calls_the_network_that_often(sampler, T, data):
+    """DDIM, DPM: N steps from 1 to T: N calls, from T down, each t once, none twice, and the walk ends at 0."""
+    steps = data.draw(st.integers(1, T)) if data else 1
+    called = []
+
+    class Spy(nn.Module):
+        labels = 0
+
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x_t, t, label):
+            called.append(t[0].item())
+            return self.factor * x_t
+    net = Spy()
+    config = dict(schedule=dict(kind="linear", T=T, beta_1=0.01, beta_T=0.3), shape=[1, 2, 2])
+    images = list(sample.generate(net, config, range(2), sampler=sampler, steps=steps))
+    assert len(images) == steps + 1 and all(torch.isfinite(x).all() for x in images)
+    assert called[0] == T and len(called) == steps and min(called) >= 1
+    assert called == sorted(set(called), reverse=True)
+    called.clear()
+    list(sample.generate(net, config | dict(first_t=0), range(1), sampler=sampler, steps=steps))
+    assert called[0] == T - 1                     # published networks count from 0
+
+
+@on_every_device
+def test_guidance_is_the_line_through_two_predictions(device):
+    """CFG: s = 0 is unconditional, s = 1 conditional, any s on the line; guiding ε is guiding x̂_0."""
+    net = small_unet().to(device)
+    x_t, t, label = torch.randn(3, 1, 8, 8, device=device), torch.tensor([1, 5, 9], device=device), torch.tensor([0, 1, 2], device=device)
+    with torch.no_grad():
+        null, conditional = net(x_t, t, torch.full_like(label, 3)), net(x_t, t, label)
+        for s in (0.0, 1.0, 0.5, 3.0):
+            expected = (1 - s) * null + s * conditional
+            near32(sample.guided(net, x_t, t, label, s), expected.cpu().numpy(), condition=10)
+    x0 = [ddpm.x0_from_eps(x_t.cpu().numpy(), 5, e.cpu().numpy(), PAPER) for e in (null, conditional)]
+    near32(torch.tensor(x0[0] + 3 * (x0[1] - x0[0])), ddpm.x0_from_eps(
+        x_t.cpu().numpy(), 5, (null + 3 * (conditional - null)).cpu().numpy(), PAPER), condition=100)
+
+
+@pytest.mark.parametrize("resample", [1, 3])
+def test_inpainting_keeps_what_is_known(resample):
+    """RePaint: known pixels follow q(x_{t−1}|x_0) with its variance at every step, and come out exact at t = 0."""
+    net, schedule = small_unet(labels=0), linear(12, 0.01, 0.3)
+    known = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8).repeat(400, 1, 1, 1)
+    keep = torch.from_numpy(sample.mask("left", (8, 8)))
+    walk = list(sample.generate(net, CONFIG, range(400), known=known, keep=keep, resample=resample))
+    assert torch.equal(walk[-1][:, :, keep], known[:, :, keep])
+    assert not torch.isclose(walk[-1], known)[:, :, ~keep].all()
+    for t in (11, 6, 1):
+        mean, variance = q_marginal(known[0, 0, keep].double().numpy(), t, schedule)
+        z = (walk[12 - t][:, 0, keep].double().numpy() - mean) / math.sqrt(variance)
+        count = z.size                                       # 12,800 draws: five standard errors
+        assert abs(z.mean()) < 5 / math.sqrt(count) and abs(z.var() - 1) < 5 * math.sqrt(2 / count)
+
+
+def test_resampling_goes_back_by_the_forward_step():
+    """RePaint, Ho (2): between two rounds x_t is a draw from q(x_t|x_{t−1}), with β_t of this very step."""
+    schedule = schedule_of([0.1, 0.36, 0.2])
+    tables, seen = sample.on_device(schedule, "cpu"), []
+    x_prev, noises = torch.full((1, 1, 2, 2), 2.0), iter([torch.full((1, 1, 2, 2), float(i)) for i in range(1, 9)])
+
+    def predict(x_t, t):
+        seen.append(x_t)
+        return x_t, x_t
+    sample.repaint_step(x_prev, 2, x_prev, x_prev, None, None, tables, lambda x_t, *_: x_prev, predict,
+                        lambda: next(noises), known=x_prev, keep=torch.zeros(2, 2, dtype=torch.bool), resample=2)
+    near32(seen[0], np.full((1, 1, 2, 2), 0.8 * 2.0 + 0.6 * 2.0))       # √0.64 x_{t−1} + √0.36 · second noise
+    assert len(seen) == 1
+
+
+def test_every_image_has_its_own_noise():
+    """Determinism: picture i is the same in any batch; the noise is N(0, 1) and differs between images and seeds."""
+    together = sample.noise_of(3, range(64), (1, 16, 16), "cpu")
+    apart = [sample.noise_of(3, range(i, i + 16), (1, 16, 16), "cpu") for i in range(0, 64, 16)]
+    for _ in range(3):
+        z = together()
+        assert torch.equal(z, torch.cat([noise() for noise in apart]))
+    assert abs(z.mean()) < 5 / 128 and abs(z.var() - 1) < 5 * math.sqrt(2) / 128      # 16,384 draws
+    assert len({tuple(image.flatten().tolist()) for image in z}) == 64
+    assert not torch.equal(sample.noise_of(4, range(64), (1, 16, 16), "cpu")(), sample.noise_of(3, range(64), (1, 16, 16), "cpu")())
+
+
+# ── The bound, estimated ──────────────────────────────────────────────────────────────────────────
+
+def test_the_estimated_bound_is_the_closed_form_on_gaussian_data():
+    """Ho (5, 12, 13), V7: train.evaluate with the exact ε* for N(0, s²): its three terms within five errors."""
+    s2, T = 0.04, 50
+    config = dict(schedule=dict(kind="linear", T=T, beta_1=1e-3, beta_T=0.3))
+    schedule = linear(T, 1e-3, 0.3)
+    x0 = np.rint((np.random.default_rng(0).standard_normal((400, 1, 8, 8)) * math.sqrt(s2) + 1) * 127.5) / 127.5 - 1
+    s2 = x0.var()
+    found = train.evaluate(lambda x_t, t, i: best_eps(x_t, t[0].item(), 0.0, s2, schedule), config,
+                           torch.tensor(x0, dtype=torch.float32), each=200)
+    for variance, terms in found.items():
+        sigma2 = posterior.reverse_variance(variance, schedule)
+        matching = 0.0
+        for t in range(2, T + 1):                # KL of the means' difference: its mean square in closed form
+            v_t = ddpm.variance_at(t, s2, schedule)
+            error = schedule.alpha_bar[t] * s2 / v_t
+            slope = abs(reverse_mean(0.0, 1.0, t, schedule))
+            matching += kl(0.0, beta_tilde(t, schedule), slope * math.sqrt(error), sigma2[t])
+        mean, error = terms["L_{t-1}"]
+        assert 0 < error < 0.05 * mean and abs(mean - matching / math.log(2)) < 5 * error
+        expected = posterior.bits_per_dim(posterior.L_T(x0, schedule))
+        assert terms["L_T"][0] == pytest.approx(expected, rel=1e-5)
+        mean, error = terms["L_0"]
+        # x_0 given x_1 has variance β_1 s²/v_1 around the reverse mean: the code length of a bin of 2/255
+        true = schedule.beta[1] * s2 / ddpm.variance_at(1, s2, schedule)
+        expected = (true / sigma2[1] / 2 + 0.5 * math.log(2 * math.pi * sigma2[1]) + math.log(127.5)) / math.log(2)
+        assert 0 < error < 0.05 and abs(mean - expected) < 5 * error + 0.01
