@@ -97,45 +97,51 @@ def _training_set(folder: Path) -> Path:
     raise ValueError(f"{folder} holds no images: no *images*idx3*, .npz or .npy file is in it")
 
 
+@contextlib.contextmanager
+def sound(path: Path, kind: str):
+    """Turn whatever bad bytes lead to into one ValueError: zipfile, zlib, NumPy, pickle and torch have many."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise ValueError(f"{path} is not {kind}, or it is damaged: {reason}") from None
+
+
 def _read_idx(path: Path) -> np.ndarray:
     """IDX: two zero bytes, 8 for uint8, the number of dimensions, each as a big-endian int32, the bytes."""
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, sound(path, "an IDX, .npz or .npy file"):
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         start = zlib.decompressobj(31).decompress(file.read(4096), 32) if packed else file.read(32)
-    if len(start) < 8 or start[:3] != b"\0\0\x08" or start[3] not in (1, 3) or len(start) < 4 + 4 * start[3]:
-        raise ValueError(f"{path} is not an IDX file of bytes (nor an .npz or .npy by its name)")
-    shape = struct.unpack_from(f">{start[3]}I", start, 4)
-    offset = 4 + 4 * start[3]
-    size = int(np.prod(shape, dtype=object))
-    if not packed:
-        there = path.stat().st_size - offset
-        if there != size:
-            raise ValueError(f"{path} is damaged: it promises {size} bytes of {shape} and holds {there}")
-        return np.memmap(path, np.uint8, "r", offset, shape) if size else np.zeros(shape, np.uint8)
-    if size > LARGEST:
-        raise ValueError(f"{path} would unpack to {size} bytes: unpack it on disk, and name that file")
-    body = zlib.decompressobj(31).decompress(path.read_bytes(), offset + size + 1)
-    if len(body) != offset + size:
-        raise ValueError(f"{path} is damaged: it promises {size} bytes of {shape} and holds other")
-    return np.frombuffer(body, np.uint8, offset=offset).reshape(shape)
+        if len(start) < 8 or start[:3] != b"\0\0\x08" or start[3] not in (1, 3):
+            raise ValueError("it does not begin like an IDX file of bytes")
+        shape = struct.unpack_from(f">{start[3]}I", start, 4)
+        offset, size = 4 + 4 * start[3], int(np.prod(shape, dtype=object))
+        if not packed:
+            there = path.stat().st_size - offset
+            if there != size:
+                raise ValueError(f"it promises {size} bytes of {shape} and holds {there}")
+            return np.memmap(path, np.uint8, "r", offset, shape) if size else np.zeros(shape, np.uint8)
+        if size > LARGEST:
+            raise ValueError(f"it would unpack to {size} bytes: unpack it on disk, and name that file")
+        body = zlib.decompressobj(31).decompress(path.read_bytes(), offset + size + 1)
+        if len(body) != offset + size:
+            raise ValueError(f"it promises {size} bytes of {shape} and holds other")
+        return np.frombuffer(body, np.uint8, offset=offset).reshape(shape)
 
 
 def _read_npz(path: Path) -> list[np.ndarray]:
     """The arrays of an .npz, each checked against its own header before memory is asked for."""
     arrays = []
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                if member.file_size > LARGEST:
-                    raise ValueError(f"{member.filename} would unpack to {member.file_size} bytes: "
-                                     "save the images as .npy, which is read in place")
-                with archive.open(member) as file:
-                    arrays.append(_read_array(file, member.file_size))
-    except OSError:
-        raise
-    except Exception as error:      # zipfile, zlib and NumPy have a dozen kinds for bad bytes
-        raise ValueError(f"{path} is not a sound .npz: {error or type(error).__name__}") from None
+    with open(path, "rb") as file, sound(path, "an .npz file"), zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if member.file_size > LARGEST:
+                raise ValueError(f"{member.filename} would unpack to {member.file_size} bytes: "
+                                 "save the images as .npy, which is read in place")
+            with archive.open(member) as part:
+                arrays.append(_read_array(part, member.file_size))
     return arrays
 
 
@@ -147,16 +153,12 @@ def _read_array(file, size: int) -> np.ndarray:
     promised = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if dtype.hasobject or promised != size - file.tell():
         raise ValueError(f"{promised} bytes of {dtype} promised, {size - file.tell()} there")
-    return np.frombuffer(file.read(promised), dtype).reshape(shape, order="FC"[not fortran_order])
+    return np.frombuffer(file.read(promised), dtype).reshape(shape, order="F" if fortran_order else "C")
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    try:
+    with sound(path, "an .npy file"):
         return np.lib.format.open_memmap(path, mode="r")
-    except OSError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path} is not a sound .npy: {error or type(error).__name__}") from None
 
 
 # ── Pictures and files out ────────────────────────────────────────────────────────────────────────

@@ -96,7 +96,7 @@ def test_linear_goes_from_beta_1_to_beta_T():
     assert PAPER.T == 1000 and len(PAPER.beta) == 1001
     near([PAPER.beta[1], PAPER.beta[1000]], [1e-4, 0.02])
     near(np.diff(PAPER.beta[1:]), 0.0199 / 999, condition=0.02 / (0.0199 / 999))
-    assert linear(1, 0.3, 0.4).beta.tolist() == [0, 0.3]
+    assert linear(1, 0.3, 0.4).beta.tolist() == [0, 0.3] and linear(1_000_000).T == 1_000_000
 
 
 def test_cosine_has_its_published_values():
@@ -112,9 +112,9 @@ def test_cosine_has_its_published_values():
 
 @pytest.mark.parametrize("wrong", [
     lambda: linear(0), lambda: linear(-3), lambda: cosine(0), lambda: linear(10, 0.0), lambda: linear(10, 1e-4, 1.0),
-    lambda: linear(10**7), lambda: schedule_of([]), lambda: schedule_of([0.1, float("nan")]),
+    lambda: linear(1_000_001), lambda: schedule_of([]), lambda: schedule_of([0.1, float("nan")]),
     lambda: schedule_of([[0.1]]), lambda: schedule_of([-0.1]), lambda: schedule_of([1.5]),
-    lambda: ddpm.respaced(PAPER, [1, 5]), lambda: ddpm.respaced(PAPER, [0, 5, 5]), lambda: ddpm.respaced(PAPER, [0, 1001])])
+    lambda: ddpm.respaced(PAPER, [1, 5]), lambda: ddpm.respaced(PAPER, [0, 5, 5]), lambda: ddpm.respaced(PAPER, [0, 5, 1001])])
 def test_a_schedule_that_cannot_be_is_refused(wrong):
     """T < 1, β outside (0, 1), times that do not increase: an error, never a table of NaN."""
     with pytest.raises(ValueError):
@@ -141,6 +141,7 @@ def test_respacing_keeps_the_noise_levels(schedule, data):
     assert np.array_equal(short.alpha_bar, schedule.alpha_bar[times])
     assert np.array_equal(short.one_minus_alpha_bar, schedule.one_minus_alpha_bar[times])
     near(short.alpha, 1 - short.beta, scale=1)
+    assert short.beta[0] == 0 and short.alpha[0] == 1
     for k in range(1, len(times)):
         variance = 0.0
         for t in range(times[k - 1] + 1, times[k] + 1):
@@ -191,6 +192,7 @@ def test_the_naive_diffuser_keeps_the_mean_and_piles_up_variance(x0, steps, data
         return x
     units = np.eye(len(steps))
     near(walked(0 * units[0]), x0)
+    assert ddpm.naive_step(1.0, 0.25, 1.0) == 1.5
     variance = sum((walked(unit) - x0) ** 2 for unit in units)
     near(variance, np.full_like(x0, sum(steps)), 1 / math.sqrt(min(steps)), scale=6)
 
@@ -1117,7 +1119,7 @@ def test_any_number_of_steps_calls_the_network_that_often(sampler, T, data):
             called.append(t[0].item())
             return self.factor * x_t
     net = Spy()
-    config = dict(schedule=dict(kind="linear", T=T, beta_1=0.01, beta_T=0.3), shape=[1, 2, 2])
+    config = dict(schedule=dict(kind="linear", T=T, beta_1=0.01, beta_T=0.3), shape=[1, 2, 2], float32=False)
     images = list(sample.generate(net, config, range(2), sampler=sampler, steps=steps))
     assert len(images) == steps + 1 and all(torch.isfinite(x).all() for x in images)
     assert called[0] == T and len(called) == steps and min(called) >= 1

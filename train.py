@@ -23,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 import posterior
 from data import (DIGITS, Arguments, Progress, duration, load, refuse, reported, require_writable, sheet, split,
                   to_bytes, to_pixels, whole_file, write_png)
-from sample import autocast, build, choose_device, generate, on_device, q_sample, read_checkpoint, schedule_of
+from sample import (autocast, build, choose_device, generate, load_network, on_device, q_sample,
+                    read_checkpoint, schedule_of)
 from unet import UNet, parameters
 
 try:
@@ -99,7 +100,7 @@ def train(run: "Run", images: np.ndarray, labels: np.ndarray | None, compile: bo
     eps_theta = DistributedDataParallel(run.net) if world > 1 else run.net
     eps_theta = torch.compile(eps_theta) if compile else eps_theta
     stop, watch = stop_signals(), Watch(run)
-    every = max(1, min(settings["steps"] // 10, 5000))
+    every = max(LOOK, min(settings["steps"] // 10, 5000))           # steps between two checkpoints
 
     while run.step < settings["steps"] and not stop:                             # 1: repeat
         run.step += 1
@@ -346,7 +347,7 @@ def configuration(given: dict, images: np.ndarray, labels: np.ndarray | None) ->
         unet=dict(size=height, channels=channels, labels=0 if labels is None else int(labels.max()) + 1,
                   **{name: train.pop(name) for name in NETWORK}),
         schedule=dict(kind=train["schedule"], **{name: train[name] for name in betas}),
-        shape=[channels, height, width], train=train,
+        shape=[channels, height, width], float32=train["float32"], train=train,
         images=[len(images), zlib.crc32(np.ascontiguousarray(images[:1000]).tobytes())])
     schedule_of(config)
     with torch.device("meta"):
@@ -441,7 +442,7 @@ def prepare(args, given: dict, rank: int, world: int):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     checkpoint = resumed(given, args.out) if args.resume else None
-    if not args.resume and not args.evaluate and (args.out / "checkpoint.pt").exists():
+    if not args.resume and (args.out / "checkpoint.pt").exists():
         raise ValueError(f"{args.out / 'checkpoint.pt'} is there already: go on with --resume, "
                          "or begin another run with another --out")
     path = given.get("data") or (checkpoint["config"]["train"]["data"] if checkpoint else DIGITS)
@@ -454,6 +455,24 @@ def prepare(args, given: dict, rank: int, world: int):
         raise ValueError(f"--batch {config['train']['batch']} cannot be shared by {world} processes")
     require_writable(args.out / "checkpoint.pt")
     return start(config, device, args.out, rank, world, checkpoint), images, labels, held_out
+
+
+def bound_of(args, given: dict):
+    """--evaluate: the bound of the averaged network on at most 1000 images that were held out."""
+    device = choose_device(args.device)
+    path = args.out / "checkpoint.pt"
+    if not path.exists():
+        raise ValueError(f"{path} is not there: train first, or name its folder with --out")
+    net, config = load_network(path, device)
+    images, labels = load(given.get("data") or config["train"]["data"])
+    held_out = split(images)[1][:1000]
+    if len(held_out) < 2 or list(held_out.shape[1:]) != config["shape"][1:] + config["shape"][:1]:
+        raise ValueError(f"{len(held_out)} images of {held_out.shape[1:]} are held out: needed are two or more "
+                         f"like those of the run, {config['shape']}")
+    x0 = to_pixels(torch.from_numpy(np.array(held_out)).to(device)).permute(0, 3, 1, 2)
+    label = torch.from_numpy(split(labels)[1][:1000]).to(device) if net.labels else None
+    print(f"{path} on {device}: {len(x0)} held-out images")
+    print_bound(evaluate(lambda x_t, t, i: net(x_t, t, None if label is None else label[i]), config, x0))
 
 
 def lock(out: Path):
@@ -478,6 +497,8 @@ def main():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     with reported():
+        if args.evaluate:
+            return bound_of(args, given)
         run, images, labels, held_out = prepare(args, given, rank, world)
         held = lock(args.out) if rank == 0 else None
     if world > 1:
