@@ -189,7 +189,7 @@ def l_simple(eps, eps_hat):
 
 # ── The letter T ──────────────────────────────────────────────────────────────────────────────────
 
-def demo():
+def main():
     """Document V's example: the letter T under V1 and under V2, one strip each, and the figures."""
     from data import reported, sheet, to_bytes, write_png
 
@@ -221,4 +221,4 @@ def demo():
 
 
 if __name__ == "__main__":
-    demo()
+    main()

@@ -216,7 +216,7 @@ def tweedie_mean(x_t, score_t, t, schedule: Schedule):
 
 # ── A digit, there and back ───────────────────────────────────────────────────────────────────────
 
-def demo():
+def main():
     """Document V's example: a digit walked back from x_T, x_0 given, and how A1 and A2 change on the way."""
     from data import load, reported, sheet, to_bytes, to_pixels, write_png
 
@@ -245,4 +245,4 @@ def demo():
 
 
 if __name__ == "__main__":
-    demo()
+    main()
