@@ -1,4 +1,6 @@
-"""How hard Hypothesis looks: the same few examples every time, or `pytest --hypothesis-profile=deep`."""
+"""How hard Hypothesis looks: the same few examples every time,
+or `pytest --hypothesis-profile=deep`.
+"""
 from hypothesis import HealthCheck, settings
 
 COMMON = dict(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])

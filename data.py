@@ -1,9 +1,11 @@
 """Images in, pictures out: the embedded digits, IDX and NumPy files, PNG and animated PNG.
 
-The only place where bytes 0..255 become pixels in [-1, 1] and back.  Readers trust no file: a size is
-believed only after it was checked against the bytes that are there, and nothing is ever unpickled.
+The only place where bytes 0..255 become pixels in [-1, 1] and back.  Readers trust no file: a
+size is believed only after it was checked against the bytes that are there, and nothing is ever
+unpickled.
 
-`python data.py` draws the first digits; `python data.py PATH -n 10000 --out digits.npz` keeps a part.
+`python data.py` draws the first digits;
+`python data.py PATH -n 10000 --out digits.npz` keeps a part.
 """
 import argparse
 import contextlib
@@ -20,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 DIGITS = Path(__file__).resolve().parent / "assets" / "digits.npz"
-LARGEST = 4 << 30           # bytes that a compressed file may unpack to; plain files are memory-mapped
+LARGEST = 4 << 30        # bytes that a compressed file may unpack to; plain files are memory-mapped
 
 
 # ── Bytes and pixels ──────────────────────────────────────────────────────────────────────────────
@@ -40,9 +42,9 @@ def to_bytes(x: np.ndarray) -> np.ndarray:
 def load(path: str | Path = DIGITS) -> tuple[np.ndarray, np.ndarray | None]:
     """Images (N, H, W, C) uint8 and their labels (N,) int64, or None.
 
-    path: an .npz or .npy of uint8 images N x H x W or N x H x W x C (labels: a second array of N whole
-    numbers, as integers, in the .npz); an IDX file, plain or gzipped, its labels beside it under the
-    authors' name; or a folder that holds one such training set.
+    path: an .npz or .npy of uint8 images N x H x W or N x H x W x C (labels: a second array of N
+    whole numbers, as integers, in the .npz); an IDX file, plain or gzipped, its labels beside it
+    under the authors' name; or a folder that holds one such training set.
     Plain .npy and IDX files are memory-mapped.  Raises ValueError or OSError, saying what to mend.
     """
     path = Path(path)
@@ -66,7 +68,8 @@ def load(path: str | Path = DIGITS) -> tuple[np.ndarray, np.ndarray | None]:
         raise ValueError(f"{path} holds no images: its shape is {images.shape}")
     images = images.reshape(*images.shape[:3], -1)
     if images.shape[3] not in (1, 3):
-        raise ValueError(f"{path}: images have 1 or 3 channels, not {images.shape[3]} {images.shape}")
+        raise ValueError(f"{path}: images have 1 or 3 channels, "
+                         f"not {images.shape[3]} {images.shape}")
 
     labels = next((a for a in arrays if a.ndim == 1 and a.dtype.kind in "iu"), None)
     if labels is None:
@@ -74,7 +77,8 @@ def load(path: str | Path = DIGITS) -> tuple[np.ndarray, np.ndarray | None]:
     if len(labels) != len(images):
         raise ValueError(f"{path}: {len(images)} images but {len(labels)} labels")
     if labels.min() < 0 or labels.max() > 9999:
-        raise ValueError(f"{path}: labels must be 0, 1, 2, ..., not {labels.min()} .. {labels.max()}")
+        raise ValueError(f"{path}: labels must be 0, 1, 2, ..., "
+                         f"not {labels.min()} .. {labels.max()}")
     return images, labels.astype(np.int64)
 
 
@@ -85,7 +89,7 @@ def split(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _training_set(folder: Path) -> Path:
-    """The one training set in a folder, in IDX as MNIST's authors name it, or in NumPy's formats."""
+    """The one training set in a folder, in IDX as MNIST's authors name it or in NumPy's formats."""
     for pattern in ("*train-images*idx3*", "*images*idx3*", "*.npz", "*.npy"):
         found = sorted(folder.glob(pattern))
         plain = [p for p in found if p.suffix != ".gz" or p.with_suffix("") not in found]
@@ -99,7 +103,9 @@ def _training_set(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def sound(path: Path, kind: str):
-    """Turn whatever bad bytes lead to into one ValueError: zipfile, zlib, NumPy, pickle and torch have many."""
+    """Turn whatever bad bytes lead to into one ValueError:
+    zipfile, zlib, NumPy, pickle and torch have many.
+    """
     try:
         yield
     except OSError:
@@ -110,7 +116,7 @@ def sound(path: Path, kind: str):
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """IDX: two zero bytes, 8 for uint8, the number of dimensions, each as a big-endian int32, the bytes."""
+    """IDX: 0, 0, 8 for uint8, the number of dimensions, each as a big-endian int32, the bytes."""
     with open(path, "rb") as file, sound(path, "an IDX, .npz or .npy file"):
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
@@ -123,9 +129,11 @@ def _read_idx(path: Path) -> np.ndarray:
             there = path.stat().st_size - offset
             if there != size:
                 raise ValueError(f"it promises {size} bytes of {shape} and holds {there}")
-            return np.memmap(path, np.uint8, "r", offset, shape) if size else np.zeros(shape, np.uint8)
+            return (np.memmap(path, np.uint8, "r", offset, shape) if size
+                    else np.zeros(shape, np.uint8))
         if size > LARGEST:
-            raise ValueError(f"it would unpack to {size} bytes: unpack it on disk, and name that file")
+            raise ValueError(f"it would unpack to {size} bytes: "
+                             "unpack it on disk, and name that file")
         body = zlib.decompressobj(31).decompress(path.read_bytes(), offset + size + 1)
         if len(body) != offset + size:
             raise ValueError(f"it promises {size} bytes of {shape} and holds other")
@@ -153,7 +161,8 @@ def _read_array(file, size: int) -> np.ndarray:
     promised = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if dtype.hasobject or promised != size - file.tell():
         raise ValueError(f"{promised} bytes of {dtype} promised, {size - file.tell()} there")
-    return np.frombuffer(file.read(promised), dtype).reshape(shape, order="F" if fortran_order else "C")
+    return np.frombuffer(file.read(promised), dtype).reshape(
+        shape, order="F" if fortran_order else "C")
 
 
 def _read_npy(path: Path) -> np.ndarray:
@@ -165,7 +174,7 @@ def _read_npy(path: Path) -> np.ndarray:
 
 @contextlib.contextmanager
 def whole_file(path: str | Path):
-    """A binary file that appears at `path` complete or not at all: written beside, flushed, renamed."""
+    """A binary file that appears at `path` complete or never: written beside, flushed, renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
@@ -191,7 +200,7 @@ def require_writable(path: str | Path):
 
 
 def sheet(images: np.ndarray, columns: int, zoom: int = 2, gap: int = 2) -> np.ndarray:
-    """N images (N, H, W) or (N, H, W, C) as one picture, row by row, each pixel zoom x zoom large."""
+    """N images (N, H, W) or (N, H, W, C) as one picture, in rows, each pixel zoom x zoom large."""
     images = images.reshape(*images.shape[:3], -1).repeat(zoom, axis=1).repeat(zoom, axis=2)
     n, h, w, c = images.shape
     rows = -(-n // columns)
@@ -203,7 +212,7 @@ def sheet(images: np.ndarray, columns: int, zoom: int = 2, gap: int = 2) -> np.n
 
 
 def write_png(path: str | Path, *frames: np.ndarray, seconds: float = 0.1):
-    """A PNG of one uint8 image H x W (x 1 or 3), or an animated PNG of several.     (W3C PNG, 3rd ed.)
+    """A PNG of one uint8 image H x W (x 1 or 3), or an animated PNG of several.  (W3C PNG, 3rd ed.)
 
     The last frame of an animation stays for two seconds before it begins again.
     """
@@ -221,7 +230,7 @@ def write_png(path: str | Path, *frames: np.ndarray, seconds: float = 0.1):
             file.write(chunk(b"acTL", struct.pack(">II", len(frames), 0)))
         for k, frame in enumerate(frames):
             rows = frame.reshape(height, -1)
-            pixels = zlib.compress(np.insert(rows, 0, 0, axis=1).tobytes(), 9)   # filter 0 on each row
+            pixels = zlib.compress(np.insert(rows, 0, 0, axis=1).tobytes(), 9)   # filter 0 per row
             if len(frames) > 1:
                 pause = round(1000 * (seconds if k + 1 < len(frames) else 2))
                 file.write(chunk(b"fcTL", struct.pack(">IIIIIHHBB", number, width, height, 0, 0,
@@ -246,7 +255,7 @@ def refuse(message: object, status: int = 2):
 
 @contextlib.contextmanager
 def reported():
-    """What the user can mend (ValueError, OSError) as one line; a mistake in the code keeps its trace."""
+    """What the user can mend (ValueError, OSError) as one line; a bug keeps its trace."""
     try:
         yield
     except OSError as error:
@@ -258,7 +267,7 @@ def reported():
 
 
 class Progress:
-    """One line about work in progress: it refreshes in a terminal, elsewhere it comes now and then."""
+    """One line about work in progress: refreshed in a terminal, elsewhere it comes now and then."""
 
     def __init__(self):
         self.terminal, self.due = sys.stdout.isatty(), 0.0
@@ -273,7 +282,8 @@ class Progress:
 def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+    return (f"{hours}h{minutes:02}m" if hours
+            else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s")
 
 
 class Arguments(argparse.ArgumentParser):
@@ -285,9 +295,11 @@ class Arguments(argparse.ArgumentParser):
 
 def main():
     parser = Arguments(description="Show images, or keep the first n of them.")
-    parser.add_argument("path", nargs="?", default=DIGITS, help="IDX, .npz or .npy file, or a folder")
+    parser.add_argument("path", nargs="?", default=DIGITS,
+                        help="IDX, .npz or .npy file, or a folder")
     parser.add_argument("-n", type=int, default=100, help="how many, from the first on")
-    parser.add_argument("--out", default="out/data.png", help="a .png to look at or an .npz to keep")
+    parser.add_argument("--out", default="out/data.png",
+                        help="a .png to look at or an .npz to keep")
     args = parser.parse_args()
     if args.n < 1:
         parser.error(f"-n must be at least 1, not {args.n}")

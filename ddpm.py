@@ -4,8 +4,8 @@ The reference, in NumPy and float64.  Every function is one equation of Ho, Jain
 Diffusion Probabilistic Models" (arXiv:2006.11239), in its symbols; `grep -n "Ho (4)" *.py` finds an
 equation here and in the tests.  N is Nair's article, V is Vizuara's (README.md has both in full).
 
-Time runs t = 1..T and index 0 is the clean image.  Pixels live in [-1, 1].  Images have any one shape;
-t is an integer, or an array of integers that broadcasts against the images.
+Time runs t = 1..T and index 0 is the clean image.  Pixels live in [-1, 1].  Images have any one
+shape; t is an integer, or an array of integers that broadcasts against the images.
 
 `python ddpm.py` diffuses the letter T in two ways and draws both.
 """
@@ -39,7 +39,8 @@ def schedule_of(beta: np.ndarray) -> Schedule:
     if beta.ndim != 1 or len(beta) < 1:
         raise ValueError("a schedule needs T >= 1 steps: give beta_1 .. beta_T in one list")
     if not np.all((0 < beta) & (beta < 1)):
-        raise ValueError(f"each beta must lie inside (0, 1); these go from {beta.min()} to {beta.max()}")
+        raise ValueError("each beta must lie inside (0, 1); "
+                         f"these go from {beta.min()} to {beta.max()}")
     beta = np.concatenate([[0.0], beta])
     log_alpha_bar = np.cumsum(log1p(-beta))
     return Schedule(beta, 1 - beta, exp(log_alpha_bar), -expm1(log_alpha_bar))
@@ -54,8 +55,9 @@ def checked(T: int) -> int:
 def linear(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedule:
     """β_t rises in equal steps from β_1 to β_T.                           Ho section 4, V4 (linear)
 
-    The default betas belong to T = 1000.  For another T they are not rescaled: L_T tells (posterior.py)
-    how far x_T then is from noise.  Raises ValueError for T < 1 and for a beta outside (0, 1).
+    The default betas belong to T = 1000.  For another T they are not rescaled: L_T (posterior.py)
+    tells how far x_T then is from noise.
+    Raises ValueError for T < 1 and for a beta outside (0, 1).
     """
     return schedule_of(np.linspace(beta_1, beta_T, checked(T)))
 
@@ -71,14 +73,15 @@ def cosine(T: int = 1000) -> Schedule:
 
 
 def respaced(schedule: Schedule, times: np.ndarray) -> Schedule:
-    """β = 1 − ᾱ_t/ᾱ_s for neighbours s < t of `times`: the same noise levels in fewer steps.    DDIM
+    """β = 1 − ᾱ_t/ᾱ_s for neighbours s < t of `times`: the same noise levels in fewer steps.   DDIM
 
-    times: 0 = t_0 < t_1 < … < t_N ≤ T → a schedule of N steps whose ᾱ_k is the old one's at times[k].
-    Raises ValueError when the times do not begin at 0 or do not increase.
+    times: 0 = t_0 < t_1 < … < t_N ≤ T → a schedule of N steps whose ᾱ_k is the old one's at
+    times[k].  Raises ValueError when the times do not begin at 0 or do not increase.
     """
     times = np.asarray(times)
     if times[0] != 0 or np.any(np.diff(times) < 1) or times[-1] > schedule.T:
-        raise ValueError(f"times must increase from 0 to at most {schedule.T}, not {times.tolist()}")
+        raise ValueError(f"times must increase from 0 to at most {schedule.T}, "
+                         f"not {times.tolist()}")
     log_alpha = np.diff(np.cumsum(log1p(-schedule.beta))[times], prepend=0.0)
     return Schedule(-expm1(log_alpha), exp(log_alpha),
                     schedule.alpha_bar[times], schedule.one_minus_alpha_bar[times])
@@ -93,15 +96,15 @@ def draw(mean, variance, eps):
 
 
 def log_normal(x, mean, variance):
-    """log N(x; mean, variance) = −½ [(x − mean)²/variance + log(2π variance)], in nats per pixel."""
+    """log N(x; mean, variance) = −½ [(x − mean)²/variance + log(2π variance)], nats per pixel."""
     return -0.5 * ((x - mean) ** 2 / variance + log(2 * pi * variance))
 
 
 def naive_step(x_prev, beta, eps):
     """x_t = x_{t−1} + √β ε                                                                       V1
 
-    The first idea: keep the pixel, add noise.  The mean stays x_0, so the structure never goes away,
-    and the variance grows without end.
+    The first idea: keep the pixel, add noise.  The mean stays x_0, so the structure never goes
+    away, and the variance grows without end.
     """
     return x_prev + sqrt(beta) * eps
 
@@ -109,13 +112,14 @@ def naive_step(x_prev, beta, eps):
 def scaled_step(x_prev, scale, deviation, eps):
     """x_t = α x_{t−1} + β ε, in V's letters: α is a scale and β a standard deviation            V2
 
-    Shrinks the pixel towards 0 while it adds noise.  α² + β² = 1 keeps a variance of 1: then it is Ho (2).
+    Shrinks the pixel towards 0 while it adds noise.  α² + β² = 1 keeps a variance of 1:
+    then it is Ho (2).
     """
     return scale * x_prev + deviation * eps
 
 
 def q_step(x_prev, t, schedule):
-    """q(x_t | x_{t−1}) = N(√(1−β_t) x_{t−1}, β_t I)                                 Ho (2), N1, V4, V5
+    """q(x_t | x_{t−1}) = N(√(1−β_t) x_{t−1}, β_t I)                              Ho (2), N1, V4, V5
 
     t: 1..T.  Returns (mean, variance).
     """
@@ -127,8 +131,8 @@ def q_step(x_prev, t, schedule):
 def q_marginal(x0, t, schedule):
     """q(x_t | x_0) = N(√ᾱ_t x_0, (1−ᾱ_t) I)                                              Ho (4), N2
 
-    t: 0..T.  Returns (mean, variance).  The steps compose: scales multiply to √(α_1 … α_t), and from
-    v_t = α_t v_{t−1} + 1 − α_t with v_0 = 0 follows v_t = 1 − α_t (1 − v_{t−1}) = 1 − α_1 … α_t.
+    t: 0..T.  Returns (mean, variance).  The steps compose: scales multiply to √(α_1 … α_t), and
+    v_t = α_t v_{t−1} + 1 − α_t with v_0 = 0 gives v_t = 1 − α_t (1 − v_{t−1}) = 1 − α_1 … α_t.
     """
     return sqrt(schedule.alpha_bar[t]) * x0, schedule.one_minus_alpha_bar[t]
 
@@ -142,7 +146,7 @@ def q_sample(x0, t, eps, schedule):
 
 
 def q_between(x_s, s, t, schedule):
-    """q(x_t | x_s) = N(√(ᾱ_t/ᾱ_s) x_s, (1 − ᾱ_t/ᾱ_s) I)                                 Ho (2, 4), N2
+    """q(x_t | x_s) = N(√(ᾱ_t/ᾱ_s) x_s, (1 − ᾱ_t/ᾱ_s) I)                               Ho (2, 4), N2
 
     s <= t: 0..T.  Returns (mean, variance).  s = 0 is Ho (4) and s = t−1 is Ho (2).
     """
@@ -151,7 +155,7 @@ def q_between(x_s, s, t, schedule):
 
 
 def variance_at(t, variance_0, schedule):
-    """Var x_t = ᾱ_t Var x_0 + 1 − ᾱ_t: it stays 1 if it was 1, and tends to 1 otherwise.         V2, V4
+    """Var x_t = ᾱ_t Var x_0 + 1 − ᾱ_t: it stays 1 if it was 1, and tends to 1 otherwise.     V2, V4
 
     Nair's x_T is "completely independent" of x_0 only in this limit: √ᾱ_T = 0.006 remains.
     """
@@ -159,14 +163,14 @@ def variance_at(t, variance_0, schedule):
 
 
 def snr(t, schedule):
-    """SNR_t = ᾱ_t / (1−ᾱ_t): signal to noise, falling with t; infinite at t = 0.                  V4"""
+    """SNR_t = ᾱ_t / (1−ᾱ_t): signal to noise, falling with t; infinite at t = 0.              V4"""
     return schedule.alpha_bar[t] / schedule.one_minus_alpha_bar[t]
 
 
 # ── And back, if the noise is known ───────────────────────────────────────────────────────────────
 
 def x0_from_eps(x_t, t, eps, schedule):
-    """x_0 = (x_t − √(1−ᾱ_t) ε) / √ᾱ_t                                                  Ho (15), N5"""
+    """x_0 = (x_t − √(1−ᾱ_t) ε) / √ᾱ_t                                                Ho (15), N5"""
     return (x_t - sqrt(schedule.one_minus_alpha_bar[t]) * eps) / sqrt(schedule.alpha_bar[t])
 
 
@@ -181,8 +185,9 @@ def eps_from_x0(x_t, t, x0, schedule):
 def l_simple(eps, eps_hat):
     """L_simple = ‖ε − ε_θ(x_t, t)‖², the mean over the pixels                       Ho (14), N6, N7
 
-    Knowing nothing, ε_θ = 0, costs 1.  A perfect prediction of ε would cost 0, and no network reaches
-    that: x_t does not determine ε.  On N(0, 1) data the best is 0.2755, the mean over t of ᾱ_t.
+    Knowing nothing, ε_θ = 0, costs 1.  A perfect prediction of ε would cost 0, and no network
+    reaches that: x_t does not determine ε.  On N(0, 1) data the best is 0.2755,
+    the mean over t of ᾱ_t.
     """
     return np.mean((eps - eps_hat) ** 2)
 
@@ -212,11 +217,13 @@ def main():
         if t in shown:
             for strip, x in zip(strips, (naive, scaled)):
                 strip.append(to_bytes(x / max(1, np.abs(x).max() / 2)))
-            row = [f"{x[ink].mean():8.3f}{x[~ink].mean():8.3f}{x.var():11.3f}" for x in (naive, scaled)]
+            row = [f"{x[ink].mean():8.3f}{x[~ink].mean():8.3f}{x.var():11.3f}"
+                   for x in (naive, scaled)]
             print(f"{t:5d} {row[0]}   {row[1]}   {snr(t, schedule) if t else np.inf:10.3g}")
     with reported():
         write_png("out/letter.png", sheet(np.array(strips[0] + strips[1]), columns=len(shown)))
-    print("\nnaive: the letter stays, under ever more noise; scaled: the letter goes, the variance stays near 1")
+    print("\nnaive: the letter stays, under ever more noise; "
+          "scaled: the letter goes, the variance stays near 1")
     print("drawn: out/letter.png, naive above, scaled below; next: python posterior.py")
 
 

@@ -1,17 +1,17 @@
-"""The reverse process and the bound: how noise becomes an image.                  N4, N8, V6–V12, V14
+"""The reverse process and the bound: how noise becomes an image.                N4, N8, V6–V12, V14
 
-The reference, in NumPy and float64: the true posterior q(x_{t−1} | x_t, x_0), which no network is needed
-for, the reverse step that replaces x_0 by a prediction, and the bound on −log p(x_0) that says how good
-the prediction must be.  Symbols, tags and shapes as in ddpm.py.
+The reference, in NumPy and float64: the true posterior q(x_{t−1} | x_t, x_0), which no network is
+needed for, the reverse step that replaces x_0 by a prediction, and the bound on −log p(x_0) that
+says how good the prediction must be.  Symbols, tags and shapes as in ddpm.py.
 
 `python posterior.py` diffuses a digit to noise and walks it back with the true posterior.
 """
 import math
 
 import numpy as np
-from numpy import expm1, exp, log, sqrt
+from numpy import log, sqrt
 
-from ddpm import Schedule, draw, eps_from_x0, linear, log_normal, q_marginal, q_step, snr, x0_from_eps
+from ddpm import Schedule, draw, linear, log_normal, q_marginal, q_step
 
 
 # ── The true posterior ────────────────────────────────────────────────────────────────────────────
@@ -20,16 +20,16 @@ from ddpm import Schedule, draw, eps_from_x0, linear, log_normal, q_marginal, q_
 #     q(x_{t−1} | x_t, x_0) ∝ q(x_t | x_{t−1}) q(x_{t−1} | x_0)
 #         = exp −½ [ (x_t − √α_t x_{t−1})²/β_t + (x_{t−1} − √ᾱ_{t−1} x_0)²/(1−ᾱ_{t−1}) ]
 #
-# The exponent is a square in x_{t−1}: given x_0 the posterior is exactly Gaussian, not approximately.
-# Complete the square, −½ [ P x_{t−1}² − 2 R x_{t−1} + … ]:
+# The exponent is a square in x_{t−1}: given x_0 the posterior is exactly Gaussian, not
+# approximately.  Complete the square, −½ [ P x_{t−1}² − 2 R x_{t−1} + … ]:
 #
-#     P = α_t/β_t + 1/(1−ᾱ_{t−1}) = (1−ᾱ_t) / (β_t (1−ᾱ_{t−1}))        [α_t (1−ᾱ_{t−1}) + β_t = 1−ᾱ_t]
+#     P = α_t/β_t + 1/(1−ᾱ_{t−1}) = (1−ᾱ_t) / (β_t (1−ᾱ_{t−1}))      [α_t (1−ᾱ_{t−1}) + β_t = 1−ᾱ_t]
 #     R = √α_t x_t/β_t + √ᾱ_{t−1} x_0/(1−ᾱ_{t−1})
 #
 # The variance is 1/P = β̃_t, and the mean R/P = A1 x_t + A2 x_0.
 
 def beta_tilde(t, schedule: Schedule):
-    """β̃_t = (1−ᾱ_{t−1})/(1−ᾱ_t) β_t                                                        Ho (7), V8
+    """β̃_t = (1−ᾱ_{t−1})/(1−ᾱ_t) β_t                                                     Ho (7), V8
 
     t: 1..T.  0 at t = 1: x_0 is given, so nothing is left to know.
     """
@@ -37,18 +37,18 @@ def beta_tilde(t, schedule: Schedule):
 
 
 def A1(t, schedule: Schedule):
-    """A1 = √α_t (1−ᾱ_{t−1})/(1−ᾱ_t): how much of x_t the posterior mean keeps.          Ho (7), V9, V14"""
+    """A1 = √α_t (1−ᾱ_{t−1})/(1−ᾱ_t): how much of x_t the posterior mean keeps.   Ho (7), V9, V14"""
     return sqrt(schedule.alpha[t]) * (schedule.one_minus_alpha_bar[t - 1]
                                       / schedule.one_minus_alpha_bar[t])
 
 
 def A2(t, schedule: Schedule):
-    """A2 = √ᾱ_{t−1} β_t/(1−ᾱ_t): how much of x_0 the posterior mean takes.              Ho (7), V9, V14"""
+    """A2 = √ᾱ_{t−1} β_t/(1−ᾱ_t): how much of x_0 the posterior mean takes.       Ho (7), V9, V14"""
     return sqrt(schedule.alpha_bar[t - 1]) * schedule.beta[t] / schedule.one_minus_alpha_bar[t]
 
 
 def posterior(x_t, x0, t, schedule: Schedule):
-    """q(x_{t−1} | x_t, x_0) = N(A1 x_t + A2 x_0, β̃_t I)                              Ho (6, 7), V8, V9
+    """q(x_{t−1} | x_t, x_0) = N(A1 x_t + A2 x_0, β̃_t I)                          Ho (6, 7), V8, V9
 
     t: 1..T.  Returns (mean, variance); at t = 1 they are x_0 and 0.
     """
@@ -61,25 +61,28 @@ def reverse_mean(x_t, eps, t, schedule: Schedule):
     """μ_θ = (x_t − β_t/√(1−ᾱ_t) ε_θ) / √α_t                                        Ho (10, 11), N8
 
     The posterior mean with x_0 replaced by what ε_θ says it is:
-        A1 x_t + A2 (x_t − √(1−ᾱ_t) ε)/√ᾱ_t,  where A1 + A2/√ᾱ_t = 1/√α_t  and  A2/√ᾱ_t = β_t/(√α_t (1−ᾱ_t)).
+        A1 x_t + A2 (x_t − √(1−ᾱ_t) ε)/√ᾱ_t,
+    where A1 + A2/√ᾱ_t = 1/√α_t  and  A2/√ᾱ_t = β_t/(√α_t (1−ᾱ_t)).
     """
     beta, alpha = schedule.beta[t], schedule.alpha[t]
     return (x_t - beta / sqrt(schedule.one_minus_alpha_bar[t]) * eps) / sqrt(alpha)
 
 
 def reverse_step(x_t, eps, t, z, sigma2, schedule: Schedule):
-    """x_{t−1} = μ_θ(x_t, t) + σ_t z, with z = 0 at t = 1            Ho (1, 11), Algorithm 2, N4, N8, V6
+    """x_{t−1} = μ_θ(x_t, t) + σ_t z, with z = 0 at t = 1        Ho (1, 11), Algorithm 2, N4, N8, V6
 
-    A draw from p(x_{t−1} | x_t) = N(μ_θ, σ_t² I) for z from N(0, I).  sigma2: σ_t², usually β_t or β̃_t.
+    A draw from p(x_{t−1} | x_t) = N(μ_θ, σ_t² I) for z from N(0, I).
+    sigma2: σ_t², usually β_t or β̃_t.
     """
     return draw(reverse_mean(x_t, eps, t, schedule), sigma2 if t > 1 else 0.0, z)
 
 
 def reverse_variance(variance: str, schedule: Schedule) -> np.ndarray:
-    """σ_t² = β_t ("beta") or β̃_t ("beta_tilde"), t = 0..T                               Ho section 3.2
+    """σ_t² = β_t ("beta") or β̃_t ("beta_tilde"), t = 0..T                           Ho section 3.2
 
-    β_t is exact for data from N(0, I), β̃_t for a single image.  β̃_1 is 0, and with it the density of
-    x_0 given x_1 would be infinite; as in the paper's code the decoder L_0 then uses β̃_2 (β_1 if T = 1).
+    β_t is exact for data from N(0, I), β̃_t for a single image.  β̃_1 is 0, and with it the
+    density of x_0 given x_1 would be infinite; as in the paper's code the decoder L_0 then uses
+    β̃_2 (β_1 if T = 1).
     """
     if variance == "beta":
         return schedule.beta
@@ -92,22 +95,22 @@ def reverse_variance(variance: str, schedule: Schedule) -> np.ndarray:
 # ── The distance between two Gaussians ────────────────────────────────────────────────────────────
 
 def kl(mean_1, variance_1, mean_2, variance_2):
-    """KL(N_1 ‖ N_2) = ½ [ln(v_2/v_1) + v_1/v_2 − 1 + (m_1−m_2)²/v_2], in nats per pixel             KL"""
+    """KL(N_1 ‖ N_2) = ½ [ln(v_2/v_1) + v_1/v_2 − 1 + (m_1−m_2)²/v_2], in nats per pixel       KL"""
     ratio = variance_1 / variance_2
     return 0.5 * (ratio - 1 - log(ratio) + (mean_1 - mean_2) ** 2 / variance_2)
 
 
 # ── The matching term L_{t−1}, three ways ─────────────────────────────────────────────────────────
-# KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)) with equal variances σ_t² has only its last part left.
-# Each form is the one above it with the means put in.  All are nats per pixel.
+# KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)) with equal variances σ_t² has only its last part
+# left.  Each form is the one above it with the means put in.  All are nats per pixel.
 
 def matching_mean(mu_tilde, mu, sigma2):
-    """L_{t−1} = ‖μ̃ − μ_θ‖² / (2σ_t²)                                                   Ho (8), V10"""
+    """L_{t−1} = ‖μ̃ − μ_θ‖² / (2σ_t²)                                                Ho (8), V10"""
     return (mu_tilde - mu) ** 2 / (2 * sigma2)
 
 
 def matching_x0(x0, x0_hat, t, sigma2, schedule: Schedule):
-    """L_{t−1} = A2²/(2σ_t²) ‖x_0 − x̂_0‖²                                                        V11
+    """L_{t−1} = A2²/(2σ_t²) ‖x_0 − x̂_0‖²                                                       V11
 
     The A1 x_t parts of the two means cancel.  With σ_t² = β̃_t the weight is (SNR_{t−1} − SNR_t)/2.
     """
@@ -124,7 +127,7 @@ def C(t, sigma2, schedule: Schedule):
 
 
 def matching_eps(eps, eps_hat, t, sigma2, schedule: Schedule):
-    """L_{t−1} = C_t ‖ε − ε_θ‖²                                                          Ho (12), V12
+    """L_{t−1} = C_t ‖ε − ε_θ‖²                                                         Ho (12), V12
 
     L_simple, Ho (14), is this with C_t set to 1: no longer the bound, and better pictures.
     """
@@ -132,20 +135,22 @@ def matching_eps(eps, eps_hat, t, sigma2, schedule: Schedule):
 
 
 def matching_constant(t, sigma2, schedule: Schedule):
-    """½ [β̃_t/σ_t² − 1 + ln(σ_t²/β̃_t)], t > 1: what L_{t−1} keeps when σ_t² is not β̃_t        constant"""
+    """½ [β̃_t/σ_t² − 1 + ln(σ_t²/β̃_t)], t > 1: what L_{t−1} keeps if σ_t² ≠ β̃_t       constant"""
     return kl(0.0, beta_tilde(t, schedule), 0.0, sigma2)
 
 
 # ── The bound ─────────────────────────────────────────────────────────────────────────────────────
-#     −log p(x_0) ≤ E_q [ −log p(x_{0:T})/q(x_{1:T} | x_0) ]                                    Ho (3)
+#     −log p(x_0) ≤ E_q [ −log p(x_{0:T})/q(x_{1:T} | x_0) ]                                  Ho (3)
 # Each forward factor turns around by Bayes' rule: for t > 1, given x_0,
 #     q(x_t | x_{t−1}) = q(x_{t−1} | x_t, x_0) q(x_t | x_0) / q(x_{t−1} | x_0),
-# and the quotients q(x_t | x_0)/q(x_{t−1} | x_0) telescope to q(x_T | x_0)/q(x_1 | x_0).  What remains:
-#     E_q [ KL(q(x_T|x_0) ‖ p(x_T)) + Σ_{t>1} KL(q(x_{t−1}|x_t,x_0) ‖ p(x_{t−1}|x_t)) − log p(x_0|x_1) ]
-#             L_T: regularization     L_{t−1}: matching                                L_0: reconstruction
+# and the quotients q(x_t | x_0)/q(x_{t−1} | x_0) telescope to q(x_T | x_0)/q(x_1 | x_0).
+# What remains:
+#     E_q [ KL(q(x_T | x_0) ‖ p(x_T))                                   L_T: regularization
+#           + Σ_{t>1} KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t))      L_{t−1}: matching
+#           − log p(x_0 | x_1) ]                                        L_0: reconstruction
 
 def path_bound(path, reverse, schedule: Schedule):
-    """log q(x_{1:T} | x_0) − log p(x_{0:T}) along one path x_0, x_1 .. x_T                  Ho (3), V7
+    """log q(x_{1:T} | x_0) − log p(x_{0:T}) along one path x_0, x_1 .. x_T               Ho (3), V7
 
     reverse(x_t, t): the pair (mean, variance) of p(x_{t−1} | x_t).  Nats, summed over the pixels.
     """
@@ -157,7 +162,7 @@ def path_bound(path, reverse, schedule: Schedule):
 
 
 def path_terms(path, reverse, schedule: Schedule):
-    """The same, telescoped: (L_T, Σ_{t>1} L_{t−1}, L_0) along one path                      Ho (5), V7
+    """The same, telescoped: (L_T, Σ_{t>1} L_{t−1}, L_0) along one path                   Ho (5), V7
 
     The three sum to path_bound exactly; their expectations over q are the KL's above.
     """
@@ -172,7 +177,7 @@ def path_terms(path, reverse, schedule: Schedule):
 
 
 def L_T(x0, schedule: Schedule):
-    """L_T = KL(q(x_T | x_0) ‖ N(0, I)), in nats per pixel                               Ho (5), N2, V7
+    """L_T = KL(q(x_T | x_0) ‖ N(0, I)), in nats per pixel                            Ho (5), N2, V7
 
     It has no parameters; it says how far x_T is from independent of x_0.  0 would be independent.
     """
@@ -180,13 +185,13 @@ def L_T(x0, schedule: Schedule):
 
 
 def L_0(x0, mean, sigma2):
-    """L_0 = −log ∫ N(x; μ_θ(x_1, 1), σ_1²) dx over the bin of x_0, in nats per pixel             Ho (13)
+    """L_0 = −log ∫ N(x; μ_θ(x_1, 1), σ_1²) dx over the bin of x_0, in nats per pixel        Ho (13)
 
-    x0: pixels k/127.5 − 1, k = 0..255.  The bins are 2/255 wide; the first and last are open outwards.
+    x0: pixels k/127.5 − 1, k = 0..255.  The bins are 2/255 wide, the first and last open outwards.
     """
     upper = np.where(x0 > 0.999, np.inf, (x0 + 1 / 255 - mean) / sqrt(sigma2))
     lower = np.where(x0 < -0.999, -np.inf, (x0 - 1 / 255 - mean) / sqrt(sigma2))
-    # Φ(upper) − Φ(lower) loses all digits far to the right of the mean; there the mirror image is exact.
+    # Φ(upper) − Φ(lower) loses all digits far right of the mean; there the mirror image is exact.
     mirrored = lower > 0
     upper, lower = np.where(mirrored, -lower, upper), np.where(mirrored, -upper, lower)
     cdf = np.vectorize(lambda x: 0.5 * math.erfc(-x / math.sqrt(2)), otypes=[float])
@@ -194,22 +199,22 @@ def L_0(x0, mean, sigma2):
 
 
 def bits_per_dim(nats_per_pixel):
-    """nats / ln 2, averaged over all pixels and colours                             Ho section 4.1"""
+    """nats / ln 2, averaged over all pixels and colours                           Ho section 4.1"""
     return np.mean(nats_per_pixel) / log(2)
 
 
 # ── The score ─────────────────────────────────────────────────────────────────────────────────────
 
 def score(eps, t, schedule: Schedule):
-    """∇ log q(x_t) = −E[ε | x_t] / √(1−ᾱ_t): the best ε_θ points uphill in density.              score"""
+    """∇ log q(x_t) = −E[ε | x_t] / √(1−ᾱ_t): the best ε_θ points uphill in density.        score"""
     return -eps / sqrt(schedule.one_minus_alpha_bar[t])
 
 
 def tweedie_mean(x_t, score_t, t, schedule: Schedule):
-    """E[x_{t−1} | x_t] = (x_t + β_t ∇ log q(x_t)) / √α_t: Ho (11) once more.                     score
+    """E[x_{t−1} | x_t] = (x_t + β_t ∇ log q(x_t)) / √α_t: Ho (11) once more.                  score
 
-    Exact for any β_t and any data.  Nair's "the reverse is Gaussian too" (N4) holds for small β_t only:
-    x_{t−1} given x_t alone has this mean, but a Gaussian shape only as β_t → 0.
+    Exact for any β_t and any data.  Nair's "the reverse is Gaussian too" (N4) holds for small β_t
+    only: x_{t−1} given x_t alone has this mean, but a Gaussian shape only as β_t → 0.
     """
     return (x_t + schedule.beta[t] * score_t) / sqrt(schedule.alpha[t])
 
@@ -217,7 +222,7 @@ def tweedie_mean(x_t, score_t, t, schedule: Schedule):
 # ── A digit, there and back ───────────────────────────────────────────────────────────────────────
 
 def main():
-    """Document V's example: a digit walked back from x_T, x_0 given, and how A1 and A2 change on the way."""
+    """Document V's example: a digit walked back from x_T, x_0 given, and how A1 and A2 change."""
     from data import load, reported, sheet, to_bytes, to_pixels, write_png
 
     with reported():
@@ -238,7 +243,8 @@ def main():
     t = np.arange(1, schedule.T + 1)
     print(f"\nA2 only grows, from {A2(schedule.T, schedule):.6f} to 1.  A1 grows to "
           f"{A1(t, schedule).max():.5f} at t = {t[A1(t, schedule).argmax()]}, then falls to 0.")
-    print("Far out the posterior trusts x_t; near the image it trusts x_0, and at t = 1 nothing else.")
+    print("Far out the posterior trusts x_t; near the image it trusts x_0, "
+          "and at t = 1 nothing else.")
     with reported():
         write_png("out/posterior.png", sheet(to_bytes(np.array(strip)), columns=len(strip)))
     print("drawn: out/posterior.png, x_T to x_0; next: python train.py")

@@ -1,7 +1,7 @@
-"""Algorithm 2, and the faster and guided ways to walk from noise to an image.        N8, DDIM, DPM, CFG
+"""Algorithm 2, and the faster and guided ways to walk from noise to an image.    N8, DDIM, DPM, CFG
 
-One walk; a sampler is one step of it.  PyTorch, batched, on any device: the tables come from ddpm.py in
-float64 and are cast once, and test_math.py holds every step against the NumPy reference.
+One walk; a sampler is one step of it.  PyTorch, batched, on any device: the tables come from
+ddpm.py in float64 and are cast once, and test_math.py holds every step against the NumPy reference.
 
 `python sample.py` draws a sheet of digits from your last checkpoint, or from the one that ships.
 """
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import ddpm
-from data import (DIGITS, Arguments, Progress, duration, load, reported, require_writable, sheet, sound,
-                  split, to_bytes, to_pixels, whole_file, write_png)
+from data import (DIGITS, Arguments, Progress, duration, load, reported, require_writable, sheet,
+                  sound, split, to_bytes, to_pixels, whole_file, write_png)
 from ddpm import Schedule
 from unet import UNet
 
@@ -29,14 +29,14 @@ LAST, SHIPPED = Path("out/checkpoint.pt"), DIGITS.with_name("digits.pt")
 # ── Algorithm 2 ───────────────────────────────────────────────────────────────────────────────────
 
 def walk(predict, x_T: Tensor, schedule: Schedule, step, noise) -> Iterator[Tensor]:
-    """x_T, x_{T−1}, …, x_0, one after another                                       Algorithm 2, N4, N8
+    """x_T, x_{T−1}, …, x_0, one after another                                   Algorithm 2, N4, N8
 
-    predict(x_t, t) → (ε_θ, x̂_0);  step: one of the three below;  noise() → a fresh z, shaped like x_t.
+    predict(x_t, t) → (ε_θ, x̂_0);  step: one of those below;  noise() → a fresh z, shaped like x_t.
     """
     x_t, before = x_T, None                                         # 1: x_T ~ N(0, I)
     yield x_t
     for t in range(schedule.T, 0, -1):                              # 2: for t = T, …, 1 do
-        z = noise() if t > 1 else torch.zeros_like(x_t)             # 3:   z ~ N(0, I) if t > 1, else z = 0
+        z = noise() if t > 1 else torch.zeros_like(x_t)      # 3:   z ~ N(0, I) if t > 1, else z = 0
         eps, x0 = predict(x_t, t)
         x_t = step(x_t, t, eps, x0, before, z, schedule)            # 4:   x_{t−1} = …
         before = x0
@@ -44,9 +44,9 @@ def walk(predict, x_T: Tensor, schedule: Schedule, step, noise) -> Iterator[Tens
 
 
 # ── One step of each sampler: from x_t to x_{t−1} ─────────────────────────────────────────────────
-# eps is ε_θ(x_t, t), x0 the image that it implies by Ho (15), before the x0 of the previous step (None at
-# first), z the fresh noise.  Where steps are skipped, t counts the steps that are left and `schedule` is
-# respaced to them, so ᾱ_{t−1} is always the next noise level and β_t the variance between the two.
+# eps is ε_θ(x_t, t), x0 the image that it implies by Ho (15), before the x0 of the previous step
+# (None at first), z the fresh noise.  Where steps are skipped, t counts the steps that are left and
+# `schedule` is respaced: ᾱ_{t−1} is always the next noise level, β_t the variance between the two.
 
 def ddpm_step(x_t, t, eps, x0, before, z, schedule, variance="beta"):
     """x_{t−1} = (x_t − β_t/√(1−ᾱ_t) ε_θ)/√α_t + σ_t z                         Ho (1, 11), N8, V6
@@ -57,11 +57,12 @@ def ddpm_step(x_t, t, eps, x0, before, z, schedule, variance="beta"):
     sigma2 = beta
     if variance == "beta_tilde":
         sigma2 = schedule.one_minus_alpha_bar[t - 1] / schedule.one_minus_alpha_bar[t] * beta
-    return (x_t - beta / schedule.one_minus_alpha_bar[t].sqrt() * eps) / alpha.sqrt() + sigma2.sqrt() * z
+    mean = (x_t - beta / schedule.one_minus_alpha_bar[t].sqrt() * eps) / alpha.sqrt()
+    return mean + sigma2.sqrt() * z
 
 
 def ddim_step(x_t, t, eps, x0, before, z, schedule, eta=0.0):
-    """x_{t−1} = √ᾱ_{t−1} x̂_0 + √(1−ᾱ_{t−1}−σ²) ε_θ + σ z                 DDIM: Song et al. (2020) (12, 16)
+    """x_{t−1} = √ᾱ_{t−1} x̂_0 + √(1−ᾱ_{t−1}−σ²) ε_θ + σ z         DDIM: Song et al. (2020) (12, 16)
 
     σ = η √((1−ᾱ_{t−1})/(1−ᾱ_t)) √(1−ᾱ_t/ᾱ_{t−1}).  η = 0 adds no noise; η = 1 is Ho (6, 7).
     """
@@ -71,9 +72,10 @@ def ddim_step(x_t, t, eps, x0, before, z, schedule, eta=0.0):
 
 
 def dpm_step(x_t, t, eps, x0, before, z, schedule):
-    """x_{t−1} = σ_{t−1}/σ_t x_t − √ᾱ_{t−1} (e^{−h} − 1) D           DPM-Solver++(2M): Lu et al. (2022)
+    """x_{t−1} = σ_{t−1}/σ_t x_t − √ᾱ_{t−1} (e^{−h} − 1) D        DPM-Solver++(2M): Lu et al. (2022)
 
-    σ = √(1−ᾱ), λ = ln(√ᾱ/σ), h = λ_{t−1} − λ_t, r = h_before/h, D = (1 + 1/(2r)) x̂_0 − 1/(2r) x̂_0 before.
+    σ = √(1−ᾱ), λ = ln(√ᾱ/σ), h = λ_{t−1} − λ_t, r = h_before/h, and from the two latest x̂_0
+    D = (1 + 1/(2r)) x̂_0 − 1/(2r) x̂_0 before.
     The first step knows no x̂_0 before its own, and the last ends at λ = ∞: there D = x̂_0.
     """
     if t == 1:
@@ -88,11 +90,13 @@ def dpm_step(x_t, t, eps, x0, before, z, schedule):
     return sigma[t - 1] / sigma[t] * x_t - alpha_bar[t - 1].sqrt() * torch.expm1(-h) * D
 
 
-def repaint_step(x_t, t, eps, x0, before, z, schedule, step, predict, noise, known, keep, resample=1):
-    """x_{t−1} = keep · q(x_{t−1} | x_0) + (1 − keep) · p(x_{t−1} | x_t)     RePaint: Lugmayr et al. (2022)
+def repaint_step(x_t, t, eps, x0, before, z, schedule, step, predict, noise, known, keep,
+                 resample=1):
+    """x_{t−1} = keep · q(x_{t−1} | x_0) + (1 − keep) · p(x_{t−1} | x_t)                    RePaint
 
-    A step around a step: the known pixels (keep = 1) come from the forward process, the others from `step`.
-    resample > 1 goes back to x_t by Ho (2) and walks again, so that the two parts agree.
+    A step around a step: the known pixels (keep = 1) come from the forward process, the others from
+    `step`.  resample > 1 goes back to x_t by Ho (2) and walks again, so that the two parts agree.
+    Lugmayr et al. (2022), arXiv:2201.09865, with the index and the root that its line 5 lacks.
     """
     for again in reversed(range(resample)):
         x_prev = step(x_t, t, eps, x0, before, z, schedule)
@@ -117,9 +121,9 @@ def q_sample(x0: Tensor, t, eps: Tensor, schedule: Schedule) -> Tensor:
 
 
 def guided(net, x_t: Tensor, t: Tensor, label: Tensor | None, guidance: float) -> Tensor:
-    """ε = ε_null + s (ε_label − ε_null)                        CFG: Ho and Salimans (2022), arXiv:2207.12598
+    """ε = ε_null + s (ε_label − ε_null)               CFG: Ho and Salimans (2022), arXiv:2207.12598
 
-    s = 0 ignores the label, s = 1 is plain conditional, more insists.  Both predictions in one call.
+    s = 0 ignores the label, s = 1 is plain conditional, more insists.  One call gives both.
     """
     if label is None or guidance == 1:
         return net(x_t, t, label)
@@ -132,7 +136,7 @@ def guided(net, x_t: Tensor, t: Tensor, label: Tensor | None, guidance: float) -
 
 
 def predict_with(eps_theta, schedule: Schedule, clip: bool = True):
-    """x̂_0 = (x_t − √(1−ᾱ_t) ε_θ)/√ᾱ_t: the function predict(x_t, t) → (ε_θ, x̂_0)           Ho (15), N5
+    """x̂_0 = (x_t − √(1−ᾱ_t) ε_θ)/√ᾱ_t: the function predict(x_t, t) → (ε_θ, x̂_0)      Ho (15), N5
 
     clip: x̂_0 is cut to [-1, 1] and ε_θ follows it, so every step, Ho (11) too, uses the cut image.
     """
@@ -150,8 +154,9 @@ def predict_with(eps_theta, schedule: Schedule, clip: bool = True):
 # ── Devices and checkpoints ───────────────────────────────────────────────────────────────────────
 
 def choose_device(name: str | None) -> torch.device:
-    """The named device, or the best one here: cuda, mps, cpu.  Raises ValueError if it is not here."""
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    """The named device, or the best one here: cuda, mps, cpu.  Raises ValueError if it is not."""
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    here += ["cpu"]
     try:
         device = torch.device(name or here[0])
     except RuntimeError:
@@ -163,12 +168,13 @@ def choose_device(name: str | None) -> torch.device:
 
 def autocast(device: torch.device, float32: bool = False):
     """bfloat16 for convolutions and matrix products where the device computes it natively."""
+    native = False
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
+    if device.type == "cpu":
         abilities = getattr(torch.cpu, "get_capabilities", dict)()
-        native = device.type == "cpu" and bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
-    return torch.autocast(device.type, torch.bfloat16, enabled=bool(native and not float32))
+        native = bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+    return torch.autocast(device.type, torch.bfloat16, enabled=native and not float32)
 
 
 def schedule_of(config: dict) -> Schedule:
@@ -179,8 +185,8 @@ def schedule_of(config: dict) -> Schedule:
 def read_checkpoint(path: str | Path) -> dict:
     """What train.py saved: config, step and ema at least.  Raises ValueError or OSError.
 
-    The file may come from a stranger: its checksums are verified, it cannot unpack to more than its own
-    size, and nothing in it is run (weights_only).
+    The file may come from a stranger: its checksums are verified, it cannot unpack to more than its
+    own size, and nothing in it is run (weights_only).
     """
     path = Path(path)
     with open(path, "rb") as file, sound(path, "a checkpoint of train.py"):
@@ -195,11 +201,11 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def build(config: dict, tensors: dict, path: str | Path) -> UNet:
-    """The network that config describes, holding `tensors`.  Raises ValueError when they do not fit."""
+    """The network that config describes, with these tensors.  Raises ValueError if they misfit."""
     with sound(path, "a network that can be built"):
         if config["unet"]["blocks"] * len(config["unet"]["multipliers"]) > len(tensors):
             raise ValueError("it has more blocks than tensors")
-        with torch.device("meta"):          # shapes only: nothing is allocated before it has been checked
+        with torch.device("meta"):    # shapes only: nothing is allocated before it has been checked
             net = UNet(**config["unet"])
         channels, height, width = config["shape"]
         if channels != config["unet"]["channels"] or max(height, width) > 8192:
@@ -210,9 +216,9 @@ def build(config: dict, tensors: dict, path: str | Path) -> UNet:
     found = {name: getattr(tensor, "shape", None) for name, tensor in tensors.items()}
     if wanted != found:
         wrong = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
-        name = wrong[0]
-        raise ValueError(f"{path}: {len(wrong)} tensors do not fit; {name} is {found.get(name, 'missing')}, "
-                         f"the network has {wanted.get(name, 'none of that name')}")
+        is_, has = found.get(wrong[0], "missing"), wanted.get(wrong[0], "none of that name")
+        raise ValueError(f"{path}: {len(wrong)} tensors do not fit; {wrong[0]} is {is_}, "
+                         f"the network has {has}")
     net.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     return net
 
@@ -230,46 +236,50 @@ def load_network(path: str | Path, device: torch.device) -> tuple[UNet, dict]:
 
 
 def load_published(folder: Path) -> tuple[UNet, dict]:
-    """The paper's networks as the diffusers library stores them: config.json and the weights beside it.
+    """The paper's networks as diffusers stores them: config.json and the weights beside it.
 
     They were trained with t = 0..T−1, so they are called with t − 1: config["first_t"] says so.
+    Raises ValueError, naming what is missing or left over, when the files are not such a network.
     """
-    theirs = json.loads((folder / "config.json").read_text())
-    tensors = torch.load(folder / "diffusion_pytorch_model.bin", map_location="cpu", weights_only=True)
-    channels, blocks = theirs["block_out_channels"], theirs["layers_per_block"]
-    heights = [theirs["sample_size"] >> level for level in range(len(channels))]
-    at = [height for height, kind in zip(heights, theirs["down_block_types"]) if "Attn" in kind]
-    unet = dict(size=heights[0], channels=theirs["in_channels"], width=channels[0],
-                multipliers=tuple(c // channels[0] for c in channels), blocks=blocks, attention=tuple(at),
-                dropout=theirs.get("dropout", 0.0), groups=theirs["norm_num_groups"])
-    config = dict(unet=unet, shape=[unet["channels"], heights[0], heights[0]], first_t=0, float32=False,
+    weights = folder / "diffusion_pytorch_model.bin"
+    with sound(folder / "config.json", "the description of a published network"):
+        theirs = json.loads((folder / "config.json").read_text())
+        channels, blocks = theirs["block_out_channels"], theirs["layers_per_block"]
+        size, levels = theirs["sample_size"], enumerate(theirs["down_block_types"])
+        attention = tuple(size >> level for level, kind in levels if "Attn" in kind)
+        unet = dict(size=size, channels=theirs["in_channels"], width=channels[0], blocks=blocks,
+                    multipliers=tuple(c // channels[0] for c in channels), attention=attention,
+                    dropout=theirs.get("dropout", 0.0), groups=theirs["norm_num_groups"])
+    config = dict(unet=unet, shape=[unet["channels"], size, size], first_t=0, float32=False,
                   schedule=dict(kind="linear", T=1000, beta_1=1e-4, beta_T=0.02))
+    with sound(weights, "a published network"):
+        tensors = torch.load(weights, map_location="cpu", weights_only=True)
 
-    names = {"conv_in": "conv_in", "time_embedding.linear_1": "time.0", "time_embedding.linear_2": "time.2",
-             "mid_block.resnets.0": "middle.0", "mid_block.attentions.0": "middle.0.attention",
-             "mid_block.resnets.1": "middle.1", "conv_norm_out": "norm_out", "conv_out": "conv_out"}
-    for half, count, between in (("down", blocks, "downsamplers"), ("up", blocks + 1, "upsamplers")):
-        k = 0
-        for i in range(len(channels)):
-            for j in range(count):
-                names[f"{half}_blocks.{i}.resnets.{j}"] = f"{half}.{k}"
-                names[f"{half}_blocks.{i}.attentions.{j}"] = f"{half}.{k}.attention"
-                k += 1
-            names[f"{half}_blocks.{i}.{between}.0.conv"] = f"{half}.{k}.conv"
-            k += 1
+    names = {"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out",
+             "time_embedding.linear_1": "time.0", "time_embedding.linear_2": "time.2",
+             "mid_block.resnets.0": "middle.0", "mid_block.resnets.1": "middle.1",
+             "mid_block.attentions.0": "middle.0.attention"}
+    for way, count, between in (("down", blocks, "downsamplers"), ("up", blocks + 1, "upsamplers")):
+        for level in range(len(channels)):
+            first = level * (count + 1)                  # a level is its blocks and a resampler
+            names[f"{way}_blocks.{level}.{between}.0.conv"] = f"{way}.{first + count}.conv"
+            for k in range(count):
+                names[f"{way}_blocks.{level}.resnets.{k}"] = f"{way}.{first + k}"
+                names[f"{way}_blocks.{level}.attentions.{k}"] = f"{way}.{first + k}.attention"
     parts = {"time_emb_proj": "time", "conv_shortcut": "shortcut", "group_norm": "norm",
-             "proj_attn": "proj", "to_out.0": "proj", "query": "to_q", "key": "to_k", "value": "to_v"}
+             "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "proj",
+             "to_out.0": "proj"}
     ours = {}
     for name, tensor in tensors.items():
-        for old, new in names.items():
-            if name.startswith(old + "."):
-                name = new + name[len(old):]
+        known = [old for old in names if name.startswith(old + ".")]
+        name = names[known[0]] + name.removeprefix(known[0]) if known else name
         for old, new in parts.items():
             name = name.replace(f".{old}.", f".{new}.")
         ours[name] = tensor
-    for name in [name for name in ours if ".to_q." in name]:           # three maps are one in unet.py
-        ours[name.replace("to_q", "qkv")] = torch.cat([ours.pop(name.replace("to_q", part))
-                                                       for part in ("to_q", "to_k", "to_v")])
+    for name in [name for name in ours if ".to_q." in name]:   # three maps there are one in unet.py
+        same = [name.replace("to_q", part) for part in ("to_q", "to_k", "to_v")]
+        qkv = [ours.pop(key) for key in same if key in ours]
+        ours[name.replace("to_q", "qkv")] = torch.cat(qkv)
     return build(config, ours, folder), config
 
 
@@ -277,13 +287,13 @@ def load_published(folder: Path) -> tuple[UNet, dict]:
 
 def on_device(schedule: Schedule, device) -> Schedule:
     """The float64 tables of ddpm.py, cast to float32 once."""
-    return Schedule(*(torch.tensor(table, dtype=torch.float32, device=device) for table in schedule))
+    return Schedule(*(torch.tensor(table).to(torch.float32).to(device) for table in schedule))
 
 
 def noise_of(seed: int, numbers: range, shape: tuple, device):
-    """A function that draws z ~ N(0, I), (len(numbers), *shape); each image has a stream of its own.
+    """A function that draws z ~ N(0, I), (len(numbers), *shape).
 
-    So picture i is the same whatever batch it is drawn in, and on whatever device.
+    Each image has a stream of its own: picture i is the same in any batch and on any device.
     """
     streams = [np.random.default_rng((seed, i)) for i in numbers]
 
@@ -298,7 +308,7 @@ def generate(net: UNet, config: dict, numbers: range, seed: int = 0, sampler: st
              steps: int | None = None, variance: str = "beta", eta: float = 0.0, clip: bool = True,
              label: Tensor | None = None, guidance: float = 1.0, known: Tensor | None = None,
              keep: Tensor | None = None, resample: int = 1) -> Iterator[Tensor]:
-    """Walk the images `numbers` from noise to x_0; yields each x_t, (B, C, H, W), x_0 last.   Algorithm 2
+    """Walk the images `numbers` from x_T to x_0; yields each x_t (B, C, H, W)          Algorithm 2
 
     steps: 1..T calls of the network, T if None, at times spread evenly from T to 0.
     """
@@ -310,8 +320,8 @@ def generate(net: UNet, config: dict, numbers: range, seed: int = 0, sampler: st
     noise = noise_of(seed, numbers, tuple(config["shape"]), device)
 
     def eps_theta(x_t, t):
-        # Kernels choose how they sum by the batch's size, below 16 most of all.  In full sixteens a picture
-        # does not depend on how many others are drawn with it.
+        # Kernels choose their order of summation by the batch's size, below 16 most of all: in full
+        # sixteens a picture does not depend on how many others are drawn with it.
         every = torch.arange(-(-len(x_t) // 16) * 16, device=device).clamp(max=len(x_t) - 1)
         time_t = torch.full((len(every),), int(times[t]), device=device)
         with autocast(device, config["float32"]):
@@ -332,10 +342,10 @@ def generate(net: UNet, config: dict, numbers: range, seed: int = 0, sampler: st
 def arguments() -> Arguments:
     parser = Arguments(description="Draw images from a trained network.")
     add = parser.add_argument
-    add("--weights", type=Path, help="a checkpoint, or a folder with a published network; "
-                                     f"default {LAST} if it is there, else the trained one that ships")
+    add("--weights", type=Path, help="a checkpoint, or a folder with a published network; default: "
+                                     f"{LAST} if it is there, else the network that ships")
     add("-n", type=int, help="how many images (100), or how many digits to complete (8)")
-    add("--out", type=Path, default=Path("out/samples.png"), help=".png: a sheet; .npz: uint8 arrays")
+    add("--out", type=Path, default=Path("out/samples.png"), help=".png: a sheet; .npz: the arrays")
     add("--animate", action="store_true", help="the walk from x_T to x_0, as an animated PNG")
     add("--sampler", choices=("ddpm", "ddim", "dpm"), default="ddpm")
     add("--steps", type=int, help="calls of the network, 1 .. T; default T, and 20 for dpm")
@@ -343,21 +353,23 @@ def arguments() -> Arguments:
     add("--eta", type=float, help="noise of ddim: 0 (none, default) .. 1 (as ddpm)")
     add("--no-clip", action="store_true", help="let the predicted x0 leave [-1, 1]")
     add("--label", help="a class, or 'all' for every class in turn; default: classes at random")
-    add("--guidance", type=float, default=1.0, help="0 ignores the label, 1 conditional, more insists")
-    add("--keep", choices=("left", "right", "top", "bottom"), help="complete held-out digits from this half")
-    add("--resample", type=int, default=1, help="with --keep: times each step is walked (RePaint)")
+    add("--guidance", type=float, default=1.0, help="0 ignores the label, 1 follows, more insists")
+    add("--keep", choices=("left", "right", "top", "bottom"), help="complete held-out digits")
+    add("--resample", type=int, default=1, help="with --keep: times each step is walked")
     add("--data", type=Path, default=DIGITS, help="with --keep: where the images come from")
     add("--seed", type=int, default=0)
-    add("--batch", type=int, default=100, help="images at a time: bounds the memory, not the result")
+    add("--batch", type=int, default=100, help="images at a time: bounds memory, changes nothing")
     add("--device", help="cuda, mps or cpu; default: the best one here")
     return parser
 
 
 def check(args, net: UNet, config: dict):
-    """Raise ValueError for what argparse cannot see; fill in the defaults that depend on the network."""
+    """Raise ValueError for what argparse cannot see; fill in what depends on the network."""
     T = config["schedule"]["T"]
-    args.steps = args.steps if args.steps is not None else min(20, T) if args.sampler == "dpm" else T
-    args.n = args.n if args.n is not None else 8 if args.keep else 100
+    if args.steps is None:
+        args.steps = min(20, T) if args.sampler == "dpm" else T
+    if args.n is None:
+        args.n = 8 if args.keep else 100
     for name, value in (("-n", args.n), ("--batch", args.batch), ("--resample", args.resample)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
@@ -373,84 +385,111 @@ def check(args, net: UNet, config: dict):
         raise ValueError("--variance belongs to --sampler ddpm")
     if args.eta is not None and not (args.sampler == "ddim" and 0 <= args.eta <= 1):
         raise ValueError("--eta belongs to --sampler ddim and is 0 .. 1")
+    if args.resample > 1 and not args.keep:
+        raise ValueError("--resample belongs to --keep")
     if not net.labels and (args.label or args.guidance != 1):
-        raise ValueError("this network was trained without labels: leave --label and --guidance out")
+        raise ValueError("this network knows no labels: leave --label and --guidance out")
     if not np.isfinite(args.guidance):
-        raise ValueError("--guidance must be a number")
-    if args.label not in (None, "all") and not (args.label.isdecimal() and int(args.label) < net.labels):
+        raise ValueError(f"--guidance must be a number, not {args.guidance}")
+    numeral = args.label is not None and args.label.isdecimal()
+    if args.label not in (None, "all") and not (numeral and int(args.label) < net.labels):
         raise ValueError(f"--label must be 0 .. {net.labels - 1} or all, not {args.label!r}")
     if args.label == "all" and args.n % net.labels:
         raise ValueError(f"-n must be a multiple of {net.labels} with --label all, not {args.n}")
     require_writable(args.out)
 
 
-def labels_for(args, net: UNet, numbers: range, total: int) -> np.ndarray | None:
-    """The label of each image: all of one class, a row per class, or one drawn from its own stream."""
-    if not net.labels:
-        return None
-    if args.label is None and args.keep:
-        return np.full(len(numbers), net.labels)
-    if args.label is None:
-        return np.array([np.random.default_rng((args.seed, i, 1)).integers(net.labels) for i in numbers])
-    if args.label == "all":
-        return np.array([i * net.labels // total for i in numbers])
-    return np.full(len(numbers), int(args.label))
+def held_out_images(args, config: dict) -> np.ndarray:
+    """The first n held-out images, (n, H, W, C): what --keep completes."""
+    images = split(load(args.data)[0])[1]
+    channels, height, width = config["shape"]
+    if images.shape[1:] != (height, width, channels) or len(images) < args.n:
+        raise ValueError(f"{args.data} has {len(images)} held-out images of {images.shape[1:]}; "
+                         f"needed are {args.n} of {(height, width, channels)}")
+    return np.array(images[:args.n])
 
 
-def draw(args, net: UNet, config: dict, held_out: np.ndarray | None):
-    """Yield (images uint8 (B, H, W, C), labels, frames of the walk) batch by batch, telling how it goes."""
-    total = args.n * (COMPLETIONS if args.keep else 1)
-    device, progress, start = next(net.parameters()).device, Progress(), time.monotonic()
-    for first in range(0, total, args.batch):
-        numbers = range(first, min(first + args.batch, total))
-        labels = labels_for(args, net, numbers, total)
-        known = keep = None
-        if args.keep:
-            chosen = held_out[np.array(numbers) // COMPLETIONS]
-            known = to_pixels(torch.from_numpy(chosen).to(device)).permute(0, 3, 1, 2)
-            keep = torch.from_numpy(mask(args.keep, held_out.shape[1:3])).to(device)
-        steps = generate(net, config, numbers, args.seed, args.sampler, args.steps,
-                         args.variance or "beta", args.eta or 0.0, not args.no_clip,
-                         None if labels is None else torch.from_numpy(labels).to(device),
-                         args.guidance, known, keep, args.resample)
-        frames = []
-        for k, x_t in enumerate(steps):
-            done = (first + len(numbers) * k / args.steps) / total
-            spent = time.monotonic() - start
-            rate = total * done / max(spent, 1e-9)
-            left = duration(spent / done - spent) if done else "?"
-            progress(f"{args.sampler}: step {k} of {args.steps} · images {first} .. {numbers[-1]} of {total} · "
-                     f"{rate:.1f} images/s · {left} left", last=done == 1)
-            if args.animate and (k == args.steps or k % max(1, args.steps // 40) == 0):
-                frames.append(to_bytes(x_t.permute(0, 2, 3, 1).cpu().numpy()))
-        yield to_bytes(x_t.permute(0, 2, 3, 1).cpu().numpy()), labels, frames
-
-
-def mask(side: str, size: tuple) -> np.ndarray:
-    """True where a pixel is known: the named half of an image of this (height, width)."""
-    keep = np.zeros(size, dtype=bool)
-    height, width = size
+def mask(side: str, height: int, width: int) -> np.ndarray:
+    """True where a pixel is known: the named half of the image."""
+    keep = np.zeros((height, width), dtype=bool)
     half = {"left": np.s_[:, :width // 2], "right": np.s_[:, width // 2:],
             "top": np.s_[:height // 2], "bottom": np.s_[height // 2:]}[side]
     keep[half] = True
     return keep
 
 
-def write_npz(path: Path, batches, total: int, shape: tuple):
-    """images (N, H, W) or (N, H, W, C) uint8 and labels (N,), written as they come: any N fits in memory."""
+def labels_for(args, net: UNet, numbers: range, total: int) -> np.ndarray | None:
+    """Each image's label: one class, a row per class, none, or one from its own stream."""
+    if not net.labels:
+        return None
+    if args.label == "all":
+        return np.array([i * net.labels // total for i in numbers])
+    if args.label is not None:
+        return np.full(len(numbers), int(args.label))
+    if args.keep:
+        return np.full(len(numbers), net.labels)
+    streams = [np.random.default_rng((args.seed, i, 1)) for i in numbers]
+    return np.array([stream.integers(net.labels) for stream in streams])
+
+
+def draw(args, net: UNet, config: dict, held_out: np.ndarray | None):
+    """Yield (images uint8 (B, H, W, C), labels, frames) batch by batch, and tell how it goes."""
+    total = args.n * (COMPLETIONS if args.keep else 1)
+    device, progress, start = next(net.parameters()).device, Progress(), time.monotonic()
+    for first in range(0, total, args.batch):
+        numbers, known, keep, frames = range(first, min(first + args.batch, total)), None, None, []
+        labels = labels_for(args, net, numbers, total)
+        label = None if labels is None else torch.from_numpy(labels).to(device)
+        if args.keep:
+            images = torch.from_numpy(held_out[np.array(numbers) // COMPLETIONS])
+            known = to_pixels(images.to(device)).permute(0, 3, 1, 2)
+            keep = torch.from_numpy(mask(args.keep, *config["shape"][1:])).to(device)
+        steps = generate(net, config, numbers, args.seed, args.sampler, args.steps,
+                         args.variance or "beta", args.eta or 0.0, not args.no_clip, label,
+                         args.guidance, known, keep, args.resample)
+        for k, x_t in enumerate(steps):
+            spent, done = time.monotonic() - start, (first + len(numbers) * k / args.steps) / total
+            left = f"{duration(spent / done - spent)} left" if done else ""
+            progress(f"step {k} of {args.steps} · images {first + 1} to {numbers[-1] + 1} of "
+                     f"{total} · {total * done / spent:.1f} images/s · {left}", last=done == 1)
+            if args.animate and (k == args.steps or k % max(1, args.steps // 40) == 0):
+                frames.append(to_bytes(x_t.permute(0, 2, 3, 1).cpu().numpy()))
+        yield to_bytes(x_t.permute(0, 2, 3, 1).cpu().numpy()), labels, frames
+
+
+def write_arrays(path: Path, batches, total: int, shape: list):
+    """images (N, H, W) or (N, H, W, C) and labels (N,), written as they come: N has no limit."""
     channels, height, width = shape
     shape = (total, height, width) if channels == 1 else (total, height, width, channels)
+    header = dict(descr="|u1", fortran_order=False, shape=shape)
     every = []
     with whole_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         with archive.open("images.npy", "w", force_zip64=True) as member:
-            np.lib.format.write_array_header_1_0(
-                member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            np.lib.format.write_array_header_1_0(member, header)
             for images, labels, _ in batches:
                 member.write(images.tobytes())
                 every.append(labels)
         if labels is not None:
             with archive.open("labels.npy", "w") as member:
                 np.lib.format.write_array(member, np.concatenate(every))
+
+
+def write_sheet(path: Path, batches, args, net: UNet, held_out: np.ndarray | None):
+    """One picture: images in rows, a row per class, or original, masked, completed."""
+    batches = list(batches)
+    images = np.concatenate([images for images, _, _ in batches])
+    columns = int(np.ceil(np.sqrt(len(images))))
+    if args.label == "all":
+        columns = len(images) // net.labels
+    if args.keep:
+        columns = 2 + COMPLETIONS
+        known = mask(args.keep, *images.shape[1:3])[:, :, None]
+        masked = np.where(known, held_out, 128).astype(np.uint8)
+        completed = images.reshape(args.n, COMPLETIONS, *images.shape[1:])
+        rows = np.concatenate([held_out[:, None], masked[:, None], completed], axis=1)
+        images = rows.reshape(-1, *images.shape[1:])
+    frames = batches[0][2] if args.animate else [images]
+    write_png(path, *(sheet(frame, columns) for frame in frames))
 
 
 def main():
@@ -460,31 +499,14 @@ def main():
         path = args.weights or (LAST if LAST.exists() else SHIPPED)
         net, config = load_network(path, device)
         check(args, net, config)
-        held_out = None
-        if args.keep:
-            held_out = split(load(args.data)[0])[1]
-            if list(held_out.shape[3:] + held_out.shape[1:3]) != list(config["shape"]) or len(held_out) < args.n:
-                raise ValueError(f"{args.data} has {len(held_out)} held-out images of {held_out.shape[1:]}; "
-                                 f"the network draws {config['shape']} and -n is {args.n}")
+        held_out = held_out_images(args, config) if args.keep else None
         print(f"{path} on {device}: {args.sampler}, {args.steps} steps")
         batches = draw(args, net, config, held_out)
         if args.out.suffix == ".npz":
             total = args.n * (COMPLETIONS if args.keep else 1)
-            write_npz(args.out, batches, total, config["shape"])
+            write_arrays(args.out, batches, total, config["shape"])
         else:
-            batches = list(batches)
-            images = np.concatenate([images for images, _, _ in batches])
-            columns = int(np.ceil(np.sqrt(len(images))))
-            if args.label == "all":
-                columns = len(images) // net.labels
-            if args.keep:
-                columns = COMPLETIONS + 2
-                rows = images.reshape(args.n, COMPLETIONS, *images.shape[1:])
-                given = held_out[:args.n, None]
-                masked = np.where(mask(args.keep, given.shape[2:4])[..., None], given, 128).astype(np.uint8)
-                images = np.concatenate([given, masked, rows], axis=1).reshape(-1, *images.shape[1:])
-            frames = batches[0][2] if args.animate else [images]
-            write_png(args.out, *(sheet(frame, columns) for frame in frames))
+            write_sheet(args.out, batches, args, net, held_out)
         print(f"drawn: {args.out}")
 
 

@@ -4,6 +4,7 @@
 """
 import gzip
 import io
+import json
 import os
 import pickle
 import random
@@ -24,15 +25,17 @@ from hypothesis import given, settings, strategies as st
 import data
 import sample
 import train
+from unet import UNet
 
 ROOT = Path(__file__).resolve().parent
-TINY = ["--batch", "16", "--device", "cpu"]
+TINY = ["--batch", "16", "--T", "100", "--beta-T", "0.2", "--device", "cpu"]
 
 
 def run(*command, cwd, code=0, env=None, **options):
     """Run a script to its end in a process of its own; the exit status must be `code`."""
-    done = subprocess.run([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], cwd=cwd, text=True,
-                          capture_output=True, timeout=120, env=os.environ | (env or {}), **options)
+    done = subprocess.run([sys.executable, str(ROOT / command[0]), *map(str, command[1:])],
+                          cwd=cwd, text=True, capture_output=True, timeout=120,
+                          env=os.environ | (env or {}), **options)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -79,7 +82,7 @@ def trained(tiny, tmp_path_factory):
 
 
 def decoded(path):
-    """The pixels of a PNG as this project writes them, by the standard's own rules, and its frame count."""
+    """The pixels of a PNG of this project, by the standard's own rules, and its frame count."""
     body, chunks, position = path.read_bytes(), [], 8
     assert body[:8] == b"\x89PNG\r\n\x1a\n"
     while position < len(body):
@@ -90,7 +93,8 @@ def decoded(path):
         position += 12 + size
     width, height, depth, colour = struct.unpack_from(">IIBB", dict(chunks)[b"IHDR"])
     channels = {0: 1, 2: 3}[colour]
-    rows = np.frombuffer(zlib.decompress(dict(chunks)[b"IDAT"]), np.uint8).reshape(height, 1 + width * channels)
+    rows = np.frombuffer(zlib.decompress(dict(chunks)[b"IDAT"]), np.uint8).reshape(
+        height, 1 + width * channels)
     assert depth == 8 and not rows[:, 0].any() and chunks[-1] == (b"IEND", b"")
     numbers = [struct.unpack_from(">I", c)[0] for n, c in chunks if n in (b"fcTL", b"fdAT")]
     assert numbers == list(range(len(numbers)))
@@ -114,10 +118,11 @@ def same(a, b):
 # ── The commands ──────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.parametrize("script, picture, says", [
-    ("ddpm.py", "out/letter.png", "1000    1.260  -0.997     10.765"), ("posterior.py", "out/posterior.png", "0.388707"),
+    ("ddpm.py", "out/letter.png", "1000    1.260  -0.997     10.765"),
+    ("posterior.py", "out/posterior.png", "0.388707"),
     ("data.py", "out/data.png", "10000 images of 28x28x1")])
 def test_the_demonstrations(script, picture, says, tmp_path):
-    """V, its two notebooks: each script alone draws its picture and prints its figures within five seconds."""
+    """V, its two notebooks: each script alone draws its picture and prints its figures in 5 s."""
     start = time.monotonic()
     done = run(script, cwd=tmp_path)
     assert time.monotonic() - start < 5
@@ -127,15 +132,19 @@ def test_the_demonstrations(script, picture, says, tmp_path):
 
 
 def test_training_says_what_it_does_and_the_loss_falls(trained):
-    """Algorithm 1: what to expect, one line now and then, a chart, the next command; checkpoint, log, pictures."""
+    """Algorithm 1: what to expect, one line now and then, a chart, the next command;
+    checkpoint, log, pictures.
+    """
     out, done = trained
-    for text in ("device    cpu", "180 of 8x8x1 to train on, 20 held out, 2 labels", "L_T = ", "1.0 is knowing nothing",
-                 "step 150 of 150 · loss", "images/s", "loss └", "python sample.py --weights"):
+    for text in ("device    cpu", "180 of 8x8x1 to train on, 20 held out, 2 labels", "L_T = ",
+                 "1 knows nothing", "step 150 of 150 · loss", "images/s", "loss └",
+                 "python sample.py --weights"):
         assert text in done.stdout
     assert not done.stderr and "\r" not in done.stdout
     rows = (out / "log.csv").read_text().split()
     losses = [float(row.split(",")[1]) for row in rows[1:]]
-    assert rows[0] == "step,loss" and [row.split(",")[0] for row in rows[1:]] == ["50", "100", "150"]
+    assert (rows[0] == "step,loss"
+            and [row.split(",")[0] for row in rows[1:]] == ["50", "100", "150"])
     assert losses[2] < losses[0] < 1.2 and losses[2] < 0.5
     for name in ("samples.png", "step-000050.png"):
         assert decoded(out / name)[0].shape == (10 * 18 + 2, 10 * 18 + 2, 1)
@@ -144,21 +153,24 @@ def test_training_says_what_it_does_and_the_loss_falls(trained):
 def test_sampling_draws_what_was_learned(trained, tmp_path):
     """Algorithm 2: the sheet's images have a bright half, and labels choose which."""
     out, _ = trained
-    done = run("sample.py", "--weights", out / "checkpoint.pt", "--sampler", "dpm", "--steps", 10, "--label", "all",
-               "--guidance", 3, "-n", 40, "--out", "new/folder/s.npz", cwd=tmp_path)
+    done = run("sample.py", "--weights", out / "checkpoint.pt", "--sampler", "dpm", "--steps", 10,
+               "--label", "all", "--guidance", 3, "-n", 40, "--out", "new/folder/s.npz",
+               cwd=tmp_path)
     assert "images/s" in done.stdout and not done.stderr
     found = np.load(tmp_path / "new/folder/s.npz")
     images, labels = found["images"].astype(int), found["labels"]
-    assert images.shape == (40, 8, 8) and found["images"].dtype == np.uint8 and labels.tolist() == [0] * 20 + [1] * 20
+    assert (images.shape == (40, 8, 8) and found["images"].dtype == np.uint8
+            and labels.tolist() == [0] * 20 + [1] * 20)
     brighter_left = images[:, :, :4].mean((1, 2)) > images[:, :, 4:].mean((1, 2))
     assert (brighter_left == (labels == 0)).mean() > 0.8
 
 
 @pytest.mark.parametrize("options", [
-    ["--sampler", "ddpm", "--steps", 12, "--variance", "beta_tilde"], ["--sampler", "ddim", "--steps", 4, "--eta", 0.5],
+    ["--sampler", "ddpm", "--steps", 12, "--variance", "beta_tilde"],
+    ["--sampler", "ddim", "--steps", 4, "--eta", 0.5],
     ["--sampler", "dpm", "--steps", 4, "--guidance", 2, "--label", 1]])
 def test_the_same_pictures_whatever_the_batch(options, trained, call):
-    """Determinism: same seed, same images; -n 12 and -n 12 --batch 4 are the same; another seed is not."""
+    """Determinism: same seed, same images; -n 12 is -n 12 --batch 5; another seed is not."""
     weights = ["--weights", trained[0] / "checkpoint.pt", "-n", 12, *options, "--device", "cpu"]
     for name, extra in (("a", []), ("b", []), ("c", ["--batch", 5]), ("d", ["--seed", 1])):
         assert call(sample, *weights, "--out", f"{name}.npz", *extra)[0] == 0
@@ -169,18 +181,22 @@ def test_the_same_pictures_whatever_the_batch(options, trained, call):
 
 
 def test_pictures_of_all_kinds(trained, tiny, call):
-    """A sheet, an animation from x_T to x_0, a row per class, completions whose known half is exact."""
-    weights = ["--weights", trained[0] / "checkpoint.pt", "--sampler", "ddim", "--steps", 3, "--device", "cpu"]
+    """A sheet, an animation x_T to x_0, a row per class, completions whose known half is exact."""
+    weights = ["--weights", trained[0] / "checkpoint.pt", "--sampler", "ddim", "--steps", 3,
+               "--device", "cpu"]
     assert call(sample, *weights, "-n", 5)[0] == 0
     assert decoded(Path("out/samples.png"))[0].shape == (2 * 18 + 2, 3 * 18 + 2, 1)
     assert call(sample, *weights, "-n", 4, "--animate", "--out", "walk.png")[0] == 0
     assert decoded(Path("walk.png"))[1] == 4
     assert call(sample, *weights, "-n", 6, "--label", "all", "--out", "rows.png")[0] == 0
     assert decoded(Path("rows.png"))[0].shape == (2 * 18 + 2, 3 * 18 + 2, 1)
-    assert call(sample, *weights, "-n", 2, "--keep", "top", "--data", tiny, "--resample", 2, "--out", "k.png")[0] == 0
+    assert call(sample, *weights, "-n", 2, "--keep", "top", "--data", tiny, "--resample", 2,
+                "--out", "k.png")[0] == 0
     assert decoded(Path("k.png"))[0].shape == (2 * 18 + 2, 6 * 18 + 2, 1)
-    assert call(sample, *weights, "-n", 2, "--keep", "top", "--data", tiny, "--out", "k.npz")[0] == 0
-    original, completed = data.load(tiny)[0][180:182, :, :, 0], np.load("k.npz")["images"].reshape(2, 4, 8, 8)
+    assert call(sample, *weights, "-n", 2, "--keep", "top", "--data", tiny,
+                "--out", "k.npz")[0] == 0
+    original, completed = (data.load(tiny)[0][180:182, :, :, 0],
+                           np.load("k.npz")["images"].reshape(2, 4, 8, 8))
     assert np.array_equal(completed[:, :, :4], np.broadcast_to(original[:, None, :4], (2, 4, 4, 8)))
     assert not np.array_equal(completed[0, 0], completed[0, 1])
 
@@ -188,25 +204,29 @@ def test_pictures_of_all_kinds(trained, tiny, call):
 def test_the_bound_is_printed(trained, tiny, call):
     """Ho (5): --evaluate prints the three terms, for both variances, and leaves the run alone."""
     before = (trained[0] / "checkpoint.pt").read_bytes()
-    status, text, errors = call(train, "--evaluate", "--out", trained[0], "--data", tiny, "--device", "cpu")
+    status, text, errors = call(train, "--evaluate", "--out", trained[0], "--data", tiny,
+                                "--device", "cpu")
     assert status == 0 and not errors
     for line in text.splitlines():
         if line.startswith("beta"):
             values = [float(word) for word in line.replace("±", " ").split()[1:]]
-            assert values[6] == pytest.approx(values[0] + values[2] + values[4], abs=1e-3) and 0 < values[6] < 20
+            assert (values[6] == pytest.approx(values[0] + values[2] + values[4], abs=1e-3)
+                    and 0 < values[6] < 20)
     assert "beta_tilde" in text and (trained[0] / "checkpoint.pt").read_bytes() == before
 
 
 # ── Data ──────────────────────────────────────────────────────────────────────────────────────────
 
 def idx(array):
-    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+    return (struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            + array.astype(np.uint8).tobytes())
 
 
 def test_images_come_in_as_their_authors_publish_them(tmp_path):
     """IDX, plain and gzipped, alone, in pairs and in a folder; .npz and .npy, grey and colour."""
     rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (20, 6, 4)).astype(np.uint8), rng.integers(0, 10, 20).astype(np.uint8)
+    images, labels = (rng.integers(0, 256, (20, 6, 4)).astype(np.uint8),
+                      rng.integers(0, 10, 20).astype(np.uint8))
     colour = rng.integers(0, 256, (20, 32, 32, 3)).astype(np.uint8)
     plain, packed = tmp_path / "plain", tmp_path / "packed"
     plain.mkdir(), packed.mkdir()
@@ -215,16 +235,19 @@ def test_images_come_in_as_their_authors_publish_them(tmp_path):
     (plain / "t10k-images-idx3-ubyte").write_bytes(idx(images[:5]))
     (packed / "emnist-digits-train-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
     (packed / "emnist-digits-train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
-    for path in (plain, packed, plain / "train-images-idx3-ubyte", packed / "emnist-digits-train-images-idx3-ubyte.gz"):
+    for path in (plain, packed, plain / "train-images-idx3-ubyte",
+                 packed / "emnist-digits-train-images-idx3-ubyte.gz"):
         found, classes = data.load(path)
-        assert np.array_equal(found[..., 0], images) and np.array_equal(classes, labels) and classes.dtype == np.int64
+        assert (np.array_equal(found[..., 0], images) and np.array_equal(classes, labels)
+                and classes.dtype == np.int64)
     assert data.load(plain / "t10k-images-idx3-ubyte")[1] is None
     np.savez(tmp_path / "c.npz", x=colour, y=labels.astype(np.int32))
     np.savez_compressed(tmp_path / "f.npz", x=np.asfortranarray(colour))
     np.save(tmp_path / "c.npy", colour)
     for name in ("c.npz", "f.npz", "c.npy"):
         found, classes = data.load(tmp_path / name)
-        assert np.array_equal(found, colour) and (name != "c.npz" or np.array_equal(classes, labels))
+        assert (np.array_equal(found, colour)
+                and (name != "c.npz" or np.array_equal(classes, labels)))
     assert isinstance(data.load(tmp_path / "c.npy")[0], np.memmap)
     assert isinstance(data.load(plain)[0].base, np.memmap)
 
@@ -243,7 +266,8 @@ def test_bytes_are_pixels_and_back(level):
     """0..255 ↔ [-1, 1]: exact both ways, for arrays and tensors; what lies outside is cut off."""
     array = np.full((2, 2), level, np.uint8)
     pixels = data.to_pixels(array)
-    assert pixels.min() >= -1 and pixels.max() <= 1 and pixels[0, 0] == pytest.approx(2 * level / 255 - 1)
+    assert (pixels.min() >= -1 and pixels.max() <= 1
+            and pixels[0, 0] == pytest.approx(2 * level / 255 - 1))
     assert np.array_equal(data.to_bytes(pixels), array)
     assert np.allclose(data.to_pixels(torch.from_numpy(array)).numpy(), pixels, atol=1e-7)
     assert data.to_bytes(np.array([-7.0, 7.0])).tolist() == [0, 255]
@@ -251,7 +275,9 @@ def test_bytes_are_pixels_and_back(level):
 
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 7, 3)])
 def test_a_png_holds_its_pixels(shape, tmp_path):
-    """PNG: read back by the standard's rules, grey and colour, one frame and several; sheets are rows of images."""
+    """PNG: read back by the standard's rules, grey and colour, one frame and several;
+    sheets are rows of images.
+    """
     frames = np.random.default_rng(0).integers(0, 256, (3, *shape)).astype(np.uint8)
     data.write_png(tmp_path / "a.png", frames[0])
     data.write_png(tmp_path / "b.png", *frames)
@@ -267,9 +293,12 @@ def test_a_png_holds_its_pixels(shape, tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_goes_on_exactly(number, code, tiny, trained, tmp_path):
-    """Resume: stopped somewhere and resumed, 150 steps end in the same weights, average, optimizer and log."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--data", str(tiny), "--steps", "150",
-                                "--out", "run", *TINY], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    """Resume: stopped somewhere and resumed, 150 steps end in the same weights, average,
+    optimizer and log.
+    """
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--data", str(tiny),
+                                "--steps", "150", "--out", "run", *TINY],
+                               cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     while "step 50 of 150" not in process.stdout.readline():
         pass
     time.sleep(random.Random(code).random() / 4)
@@ -279,7 +308,8 @@ def test_a_stopped_run_goes_on_exactly(number, code, tiny, trained, tmp_path):
     stopped = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
     assert 50 <= stopped["step"] < 150
     run("train.py", "--resume", "--out", "run", "--device", "cpu", cwd=tmp_path)
-    resumed, straight = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (tmp_path / "run", trained[0]))
+    resumed, straight = (torch.load(folder / "checkpoint.pt", weights_only=True)
+                         for folder in (tmp_path / "run", trained[0]))
     for key in straight:
         assert same(resumed[key], straight[key]), key
     for name in ("log.csv", "samples.png"):
@@ -287,13 +317,13 @@ def test_a_stopped_run_goes_on_exactly(number, code, tiny, trained, tmp_path):
 
 
 def test_a_killed_run_leaves_a_whole_checkpoint(tiny, tmp_path):
-    """SIGKILL at any instant: the checkpoint is absent or sound, and the run goes on from it to its end."""
+    """SIGKILL at any instant: the checkpoint is absent or sound, and the run goes on from it."""
     chance = random.Random(0)
     for attempt in range(int(os.environ.get("KILLS", 3))):
         resume = ["--resume"] if (tmp_path / "run/checkpoint.pt").exists() else []
-        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--data", str(tiny), "--steps", "100000",
-                                    "--out", "run", *TINY, *resume], cwd=tmp_path,
-                                   stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--data", str(tiny),
+                                    "--steps", "100000", "--out", "run", *TINY, *resume],
+                                   cwd=tmp_path, stdout=subprocess.PIPE, text=True)
         process.stdout.readline()
         time.sleep(chance.random() * 2)
         process.kill()
@@ -303,18 +333,23 @@ def test_a_killed_run_leaves_a_whole_checkpoint(tiny, tmp_path):
 
 
 def test_what_would_change_the_run_is_refused_on_resume(trained, tiny, call, tmp_path):
-    """Resume: other settings, other data, a finished run, a network without a run: one line, nothing changed."""
+    """Resume: other settings, other data, a finished run, a network without a run:
+    one line, nothing changed.
+    """
     before = (trained[0] / "checkpoint.pt").read_bytes()
     resume = ["--resume", "--out", trained[0], "--device", "cpu"]
     other = tmp_path / "other.npz"
     np.savez(other, images=np.zeros((200, 8, 8), np.uint8), labels=np.arange(200) % 2)
-    for extra, says in ((["--steps", 300, "--lr", 0.5, "--T", 10], "--lr was 0."), (["--steps", 300, "--data", other], "other images"),
-                        ([], "is complete at step 150"), (["--out", tmp_path], "start without --resume")):
+    for extra, says in ((["--steps", 300, "--lr", 0.5, "--T", 10], "--lr was 0."),
+                        (["--steps", 300, "--data", other], "other images"),
+                        ([], "is complete at step 150"),
+                        (["--out", tmp_path], "start without --resume")):
         status, _, errors = call(train, *resume, *extra)
         assert status == 2 and says in errors and errors.count("\n") == 1
     assert (trained[0] / "checkpoint.pt").read_bytes() == before
     status, _, errors = call(train, "--out", trained[0], "--data", tiny)
-    assert status == 2 and "--resume" in errors and (trained[0] / "checkpoint.pt").read_bytes() == before
+    assert (status == 2 and "--resume" in errors
+            and (trained[0] / "checkpoint.pt").read_bytes() == before)
 
 
 def test_two_runs_in_one_folder_are_refused(tiny, call, tmp_path):
@@ -327,100 +362,180 @@ def test_two_runs_in_one_folder_are_refused(tiny, call, tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no file size limits there")
 def test_a_full_disk_keeps_the_last_good_checkpoint(trained, tmp_path):
-    """Disk full while saving: the path is named, the run ends, the checkpoint before it is still whole."""
+    """Disk full while saving: the path is named, the run ends, the last checkpoint stays whole."""
     (tmp_path / "checkpoint.pt").write_bytes((trained[0] / "checkpoint.pt").read_bytes())
-    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100000,) * 2); " \
-            f"sys.argv = ['train.py', '--resume', '--steps', '200', '--out', '.', '--device', 'cpu']; " \
-            f"sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", limit], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "checkpoint.pt could not be written" in done.stderr and "step 150" in done.stderr
+    limit = ("import resource, runpy, sys; "
+             "resource.setrlimit(resource.RLIMIT_FSIZE, (100000,) * 2); sys.argv = "
+             "['train.py', '--resume', '--steps', '200', '--out', '.', '--device', 'cpu']; "
+             f"sys.path.insert(0, {str(ROOT)!r}); "
+             f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", limit], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=60)
+    assert (done.returncode == 2 and "checkpoint.pt could not be written" in done.stderr
+            and "step 150" in done.stderr)
     assert (tmp_path / "checkpoint.pt").read_bytes() == (trained[0] / "checkpoint.pt").read_bytes()
     assert not list(tmp_path.glob(".*.part"))
 
 
 def test_a_loss_that_is_no_number_stops_the_run(trained, call, tmp_path):
-    """NaN: the step and the last good checkpoint are named, and that checkpoint is not overwritten."""
+    """NaN: the step and the last good checkpoint are named, and that one is not overwritten."""
     checkpoint = torch.load(trained[0] / "checkpoint.pt", weights_only=True)
     checkpoint["net"]["conv_in.weight"][:] = float("inf")
     torch.save(checkpoint, tmp_path / "checkpoint.pt")
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    status, _, errors = call(train, "--resume", "--steps", 300, "--out", tmp_path, "--device", "cpu")
-    assert status == 2 and "the loss is nan at step 200" in errors and "last good checkpoint, of step 150" in errors
+    status, _, errors = call(train, "--resume", "--steps", 300, "--out", tmp_path,
+                             "--device", "cpu")
+    assert (status == 2 and "the loss is nan at step 200" in errors
+            and "last good checkpoint, of step 150" in errors)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
 def test_two_processes_are_one(tiny, tmp_path):
-    """Many devices: two processes with half the batch each end in the weights of one with all of it."""
-    common = ["--data", tiny, "--steps", 20, "--batch", 16, "--device", "cpu", "--float32", "--out"]
+    """Many devices: two processes with half the batch each end in the weights of one with all."""
+    common = ["--data", tiny, "--steps", 20, *TINY, "--T", 20, "--float32", "--out"]
     run("train.py", *common, "one", cwd=tmp_path)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "train.py"),
-                           *map(str, common), "two"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                           str(ROOT / "train.py"), *map(str, common), "two"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("device    cpu, float32, 2 processes") == 1
-    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "two"))
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+                for name in ("one", "two"))
     for name in one["net"]:
         assert torch.allclose(one["net"][name], two["net"][name], rtol=1e-3, atol=2e-4), name
     assert one["log"][0][1] == pytest.approx(two["log"][0][1], rel=1e-4)
 
 
+def test_published_networks_are_read(tmp_path):
+    """Published weights: diffusers' names, old and new, give the same network; t counts from 0."""
+    torch.manual_seed(0)
+    net = UNet(8, 3, 8, (1, 2), 1, (4,), 0.0, 0, 4).eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    ours = {"conv_in": "conv_in", "time_embedding.linear_1": "time.0",
+            "time_embedding.linear_2": "time.2", "down_blocks.0.resnets.0": "down.0",
+            "down_blocks.0.downsamplers.0.conv": "down.1.conv", "down_blocks.1.resnets.0": "down.2",
+            "down_blocks.1.attentions.0": "down.2.attention", "mid_block.resnets.0": "middle.0",
+            "mid_block.attentions.0": "middle.0.attention", "mid_block.resnets.1": "middle.1",
+            "up_blocks.0.resnets.0": "up.0", "up_blocks.0.attentions.0": "up.0.attention",
+            "up_blocks.0.resnets.1": "up.1", "up_blocks.0.attentions.1": "up.1.attention",
+            "up_blocks.0.upsamplers.0.conv": "up.2.conv", "up_blocks.1.resnets.0": "up.3",
+            "up_blocks.1.resnets.1": "up.4", "conv_norm_out": "norm_out", "conv_out": "conv_out"}
+    blocks = {"norm1": "norm1", "conv1": "conv1", "time_emb_proj": "time", "norm2": "norm2",
+              "conv2": "conv2", "conv_shortcut": "shortcut"}
+    tensors, (old, new) = net.state_dict(), (
+        dict(q="query", k="key", v="value", out="proj_attn"),
+        dict(q="to_q", k="to_k", v="to_v", out="to_out.0"))
+    config = dict(sample_size=8, in_channels=3, block_out_channels=[8, 16], layers_per_block=1,
+                  norm_num_groups=4, down_block_types=["DownBlock2D", "AttnDownBlock2D"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for attention in (old, new):
+        theirs = {}
+        for stem, our_stem in ours.items():
+            for kind in ("weight", "bias"):
+                if "resnets" in stem:
+                    for part, our_part in blocks.items():
+                        if f"{our_stem}.{our_part}.{kind}" in tensors:
+                            theirs[f"{stem}.{part}.{kind}"] = tensors[f"{our_stem}.{our_part}.{kind}"]
+                elif "attentions" in stem:
+                    qkv = tensors[f"{our_stem}.qkv.{kind}"].chunk(3)
+                    theirs |= {f"{stem}.{attention[k]}.{kind}": part for k, part in zip("qkv", qkv)}
+                    theirs[f"{stem}.{attention['out']}.{kind}"] = tensors[f"{our_stem}.proj.{kind}"]
+                    theirs[f"{stem}.group_norm.{kind}"] = tensors[f"{our_stem}.norm.{kind}"]
+                else:
+                    theirs[f"{stem}.{kind}"] = tensors[f"{our_stem}.{kind}"]
+        torch.save(theirs, tmp_path / "diffusion_pytorch_model.bin")
+        for path in (tmp_path, tmp_path / "diffusion_pytorch_model.bin"):
+            loaded, settings_ = sample.load_network(path, torch.device("cpu"))
+            assert same(dict(loaded.state_dict()), dict(tensors)) and settings_["first_t"] == 0
+    for wrong, says in ((theirs | {"extra.weight": torch.ones(1)}, "1 tensors do not fit; extra.weight"),
+                        ({k: v for k, v in theirs.items() if "to_k.bias" not in k}, "qkv.bias"),
+                        ({k: v for k, v in theirs.items() if k != "conv_in.bias"}, "is missing")):
+        torch.save(wrong, tmp_path / "diffusion_pytorch_model.bin")
+        with pytest.raises(ValueError, match=says):
+            sample.load_network(tmp_path, torch.device("cpu"))
+
+
 # ── Bad input ─────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.mark.parametrize("argv, says", [
-    (["--T", 0], "T must be 1"), (["--T", "x"], "invalid int"), (["--beta-1", 0], "beta must lie inside"),
-    (["--beta-T", 1], "beta must lie inside"), (["--beta-T", "nan"], "beta must lie inside"), (["--steps", 0], "--steps must be at least 1"),
-    (["--batch", -1], "--batch must be at least 1"), (["--lr", 0], "--lr must be above 0"), (["--lr", "nan"], "--lr must"),
-    (["--seed", -1], "--seed"), (["--device", "nonsense"], "no device 'nonsense'"), (["--device", "cuda:99"], "no device"),
-    (["--schedule", "cosine", "--beta-1", 0.1], "belong to --schedule linear"), (["--nonsense"], "unrecognized arguments"),
-    (["--out", "file/out"], "file"), (["--data", "missing"], "missing: No such file"), (["--data", "empty.npz"], "empty.npz"),
-    (["--data", "text.npy"], "text.npy"), (["--data", "floats.npz"], "holds no uint8 images"), (["--data", "odd.npz"], "cannot halve"),
-    (["--data", "none.npz"], "holds no images"), (["--data", "short.npz"], "short.npz"), (["--data", "deep.npz"], "1 or 3 channels"),
-    (["--data", "idx"], "promises"), (["--data", "idx.gz"], "damaged"), (["--data", "folder"], "holds no images"),
-    (["--data", "labels.npz"], "200 images but 3 labels"), (["--data", "negative.npz"], "labels must be"),
-    (["--data", "object.npz"], "object.npz"), (["--data", "bomb.npz"], "would unpack to"), (["--data", "liar.npz"], "promised"),
+    (["--T", 0], "T must be 1"), (["--T", "x"], "invalid int"),
+    (["--beta-1", 0], "beta must lie inside"), (["--beta-T", 1], "beta must lie inside"),
+    (["--beta-T", "nan"], "beta must lie inside"), (["--steps", 0], "--steps must be at least 1"),
+    (["--batch", -1], "--batch must be at least 1"), (["--lr", 0], "--lr must be above 0"),
+    (["--lr", "nan"], "--lr must"), (["--seed", -1], "--seed"),
+    (["--device", "nonsense"], "no device 'nonsense'"), (["--device", "cuda:99"], "no device"),
+    (["--schedule", "cosine", "--beta-1", 0.1], "belong to --schedule linear"),
+    (["--nonsense"], "unrecognized arguments"), (["--out", "file/out"], "file"),
+    (["--data", "missing"], "missing: No such file"), (["--data", "empty.npz"], "empty.npz"),
+    (["--data", "text.npy"], "text.npy"), (["--data", "floats.npz"], "holds no uint8 images"),
+    (["--data", "odd.npz"], "cannot halve"), (["--data", "none.npz"], "holds no images"),
+    (["--data", "short.npz"], "short.npz"), (["--data", "deep.npz"], "1 or 3 channels"),
+    (["--data", "idx"], "promises"), (["--data", "idx.gz"], "damaged"),
+    (["--data", "folder"], "holds no images"),
+    (["--data", "labels.npz"], "200 images but 3 labels"),
+    (["--data", "negative.npz"], "labels must be"), (["--data", "object.npz"], "object.npz"),
+    (["--data", "bomb.npz"], "would unpack to"), (["--data", "liar.npz"], "promised"),
     (["--resume"], "start without --resume"), (["--evaluate"], "is not there")])
 def test_train_refuses_bad_input_in_one_line(argv, says, call, tiny):
-    """Errors: one line on stderr that names the thing, exit status 2, no traceback, nothing written."""
+    """Errors: one line on stderr that names the thing, status 2, no traceback, nothing written."""
     images = np.zeros((200, 8, 8), np.uint8)
     Path("file").write_text("no folder"), Path("folder").mkdir()
     Path("empty.npz").write_bytes(b""), Path("text.npy").write_text("these are no images")
-    np.savez("floats.npz", images / 2), np.savez("odd.npz", np.zeros((9, 7, 8), np.uint8)), np.savez("none.npz", images[:0])
-    np.savez("deep.npz", np.zeros((9, 8, 8, 7), np.uint8)), np.savez("labels.npz", images, np.arange(3))
-    np.savez("negative.npz", images, -np.ones(200, int)), np.savez("object.npz", np.array([Path("x")], dtype=object))
+    (np.savez("floats.npz", images / 2), np.savez("odd.npz", np.zeros((9, 7, 8), np.uint8)),
+     np.savez("none.npz", images[:0]))
+    (np.savez("deep.npz", np.zeros((9, 8, 8, 7), np.uint8)),
+     np.savez("labels.npz", images, np.arange(3)))
+    (np.savez("negative.npz", images, -np.ones(200, int)),
+     np.savez("object.npz", np.array([Path("x")], dtype=object)))
     Path("short.npz").write_bytes(tiny.read_bytes()[:900])
-    Path("idx").write_bytes(idx(images)[:999]), Path("idx.gz").write_bytes(gzip.compress(idx(images)[:999]))
+    (Path("idx").write_bytes(idx(images)[:999]),
+     Path("idx.gz").write_bytes(gzip.compress(idx(images)[:999])))
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, dict(descr="|u1", fortran_order=False, shape=(10**9, 1000, 1000)))
+    np.lib.format.write_array_header_1_0(
+        header, dict(descr="|u1", fortran_order=False, shape=(10**9, 1000, 1000)))
     with zipfile.ZipFile("liar.npz", "w") as archive:
         archive.writestr("images.npy", header.getvalue())
     Path("bomb.npz").write_bytes(Path("liar.npz").read_bytes().replace(
-        struct.pack("<I", len(header.getvalue())) * 2, struct.pack("<I", len(header.getvalue())) + b"\xfe\xff\xff\xff"))
+        struct.pack("<I", len(header.getvalue())) * 2,
+        struct.pack("<I", len(header.getvalue())) + b"\xfe\xff\xff\xff"))
     if says == "would unpack to":
         data.LARGEST, largest = 1 << 30, data.LARGEST
     status, text, errors = call(train, *argv)
     if says == "would unpack to":
         data.LARGEST = largest
-    assert status == 2 and errors.count("\n") == 1 and errors.startswith("train.py: ") and says in errors
+    assert (status == 2 and errors.count("\n") == 1 and errors.startswith("train.py: ")
+            and says in errors)
     assert not Path("out/checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("argv, says", [
-    (["-n", 0], "-n must be at least 1"), (["--batch", 0], "--batch"), (["--steps", 0], "--steps must be 1 .. 1000"),
-    (["--steps", 1001], "--steps must be 1 .. 1000"), (["--device", "tpu"], "no device 'tpu'"), (["--seed", -1], "--seed"),
-    (["--label", 2], "--label must be 0 .. 1 or all"), (["--label", "seven"], "--label"), (["--label", "all", "-n", 3], "multiple of 2"),
-    (["--guidance", "inf"], "--guidance"), (["--eta", 0.5], "--eta belongs to"), (["--sampler", "ddim", "--eta", 2], "--eta belongs to"),
-    (["--sampler", "dpm", "--variance", "beta"], "--variance belongs to"), (["--out", "x.jpg"], "must end in .png or .npz"),
-    (["--out", "file/x.png"], "file"), (["--animate", "--out", "x.npz"], "--animate"), (["--resample", 0], "--resample"),
-    (["--keep", "left"], "held-out images of (28, 28, 1)"), (["--weights", "missing.pt"], "missing.pt: No such file"),
-    (["--weights", "text.pt"], "is not a checkpoint"), (["--weights", "short.pt"], "is not a checkpoint"),
-    (["--weights", "flipped.pt"], "damaged"), (["--weights", "code.pt"], "is not a checkpoint"),
-    (["--weights", "list.pt"], "is not a checkpoint"), (["--weights", "less.pt"], "1 tensors do not fit; conv_in.bias is missing"),
-    (["--weights", "more.pt"], "the network has none of that name"), (["--weights", "shape.pt"], "tensors do not fit"),
-    (["--weights", "huge.pt"], "a network that can be built"), (["--weights", "endless.pt"], "a network that can be built")])
+    (["-n", 0], "-n must be at least 1"), (["--batch", 0], "--batch"),
+    (["--steps", 0], "--steps must be 1 .. 100"), (["--steps", 101], "--steps must be 1 .. 100"),
+    (["--device", "tpu"], "no device 'tpu'"), (["--seed", -1], "--seed"),
+    (["--label", 2], "--label must be 0 .. 1 or all"), (["--label", "seven"], "--label"),
+    (["--label", "all", "-n", 3], "multiple of 2"), (["--guidance", "inf"], "--guidance"),
+    (["--eta", 0.5], "--eta belongs to"), (["--sampler", "ddim", "--eta", 2], "--eta belongs to"),
+    (["--sampler", "dpm", "--variance", "beta"], "--variance belongs to"),
+    (["--out", "x.jpg"], "must end in .png or .npz"), (["--out", "file/x.png"], "file"),
+    (["--animate", "--out", "x.npz"], "--animate"), (["--resample", 0], "--resample"),
+    (["--keep", "left"], "held-out images of (28, 28, 1)"),
+    (["--weights", "missing.pt"], "missing.pt: No such file"),
+    (["--weights", "text.pt"], "is not a checkpoint"),
+    (["--weights", "short.pt"], "is not a checkpoint"), (["--weights", "flipped.pt"], "damaged"),
+    (["--weights", "code.pt"], "is not a checkpoint"),
+    (["--weights", "list.pt"], "is not a checkpoint"),
+    (["--weights", "less.pt"], "1 tensors do not fit; conv_in.bias is missing"),
+    (["--weights", "more.pt"], "the network has none of that name"),
+    (["--weights", "shape.pt"], "tensors do not fit"),
+    (["--weights", "huge.pt"], "a network that can be built"),
+    (["--weights", "endless.pt"], "a network that can be built")])
 def test_sample_refuses_bad_input_in_one_line(argv, says, call, trained):
-    """Errors: one line, exit status 2, no code run, nothing half-written; checkpoints are not believed."""
+    """Errors: one line, status 2, no code run, nothing half-written; no checkpoint is believed."""
     body = (trained[0] / "checkpoint.pt").read_bytes()
-    Path("file").write_text("no folder"), Path("text.pt").write_text("no checkpoint"), Path("short.pt").write_bytes(body[:-500])
+    (Path("file").write_text("no folder"), Path("text.pt").write_text("no checkpoint"),
+     Path("short.pt").write_bytes(body[:-500]))
     flipped = bytearray(body)
     flipped[len(body) // 2] ^= 1
     Path("flipped.pt").write_bytes(flipped)
@@ -433,14 +548,17 @@ def test_sample_refuses_bad_input_in_one_line(argv, says, call, trained):
 
     def write(name, ema={}, without=None, **unet):
         tensors = {key: value for key, value in (good["ema"] | ema).items() if key != without}
-        torch.save(dict(config=good["config"] | dict(unet=good["config"]["unet"] | unet), step=1, ema=tensors), name)
+        torch.save(dict(config=good["config"] | dict(unet=good["config"]["unet"] | unet), step=1,
+                        ema=tensors), name)
     write("less.pt", without="conv_in.bias"), write("more.pt", ema={"more": torch.ones(1)})
     write("shape.pt", ema={"conv_in.bias": torch.ones(5)})
     write("huge.pt", width=2**40), write("endless.pt", blocks=10**9)
     weights = [] if "--weights" in argv else ["--weights", trained[0] / "checkpoint.pt"]
     status, text, errors = call(sample, *weights, *argv)
-    assert status == 2 and errors.count("\n") == 1 and errors.startswith("sample.py: ") and says in errors
-    assert not Path("code was run").exists() and not Path("out/samples.png").exists() and not list(Path().glob("x.*"))
+    assert (status == 2 and errors.count("\n") == 1 and errors.startswith("sample.py: ")
+            and says in errors)
+    assert (not Path("code was run").exists() and not Path("out/samples.png").exists()
+            and not list(Path().glob("x.*")))
 
 
 TRIES = settings(max_examples=int(os.environ.get("TRIES", 150)))
@@ -459,7 +577,8 @@ def mutated(draw, body):
 def good_files():
     images, labels = np.arange(48, dtype=np.uint8).reshape(3, 4, 4), np.array([0, 1, 1])
     packed, plain, npy = io.BytesIO(), io.BytesIO(), io.BytesIO()
-    np.savez_compressed(packed, images=images, labels=labels), np.savez(plain, images=images), np.save(npy, images)
+    (np.savez_compressed(packed, images=images, labels=labels), np.savez(plain, images=images),
+     np.save(npy, images))
     return {".npz": packed.getvalue(), "2.npz": plain.getvalue(), ".npy": npy.getvalue(),
             "-images-idx3-ubyte": idx(images), "-images-idx3-ubyte.gz": gzip.compress(idx(images))}
 
@@ -467,13 +586,16 @@ def good_files():
 @TRIES
 @given(st.data())
 def test_any_bytes_are_images_or_refused(tmp_path_factory, data_):
-    """Readers: random bytes, and good files with bytes changed, give images, ValueError or OSError, and no more."""
+    """Readers: random bytes, and good files with bytes changed, give images, ValueError or OSError,
+    and no more.
+    """
     name, good = data_.draw(st.sampled_from(sorted(good_files().items())))
     path = tmp_path_factory.getbasetemp() / f"fuzz{name}"
     path.write_bytes(data_.draw(mutated(good) | st.binary(max_size=200)))
     try:
         images, labels = data.load(path)
-        assert images.dtype == np.uint8 and images.ndim == 4 and (labels is None or len(labels) == len(images))
+        assert (images.dtype == np.uint8 and images.ndim == 4
+                and (labels is None or len(labels) == len(images)))
     except (ValueError, OSError):
         pass
 
@@ -481,10 +603,12 @@ def test_any_bytes_are_images_or_refused(tmp_path_factory, data_):
 @TRIES
 @given(st.data())
 def test_any_bytes_are_a_checkpoint_or_refused(tmp_path_factory, data_):
-    """Readers: the same for checkpoints: nothing but ValueError and OSError comes out, and no code is run."""
+    """Readers: the same for checkpoints: only ValueError or OSError comes out, no code is run."""
     buffer, path = io.BytesIO(), tmp_path_factory.getbasetemp() / "fuzz.pt"
-    torch.save(dict(config=dict(unet={}, shape=[1, 8, 8]), step=1, ema=dict(a=torch.arange(9.0))), buffer)
-    path.write_bytes(data_.draw(mutated(buffer.getvalue()) | st.binary(max_size=200) | st.builds(pickle.dumps, st.text())))
+    torch.save(dict(config=dict(unet={}, shape=[1, 8, 8]), step=1,
+                    ema=dict(a=torch.arange(9.0))), buffer)
+    path.write_bytes(data_.draw(mutated(buffer.getvalue()) | st.binary(max_size=200)
+                                | st.builds(pickle.dumps, st.text())))
     try:
         sample.load_network(path, torch.device("cpu"))
     except (ValueError, OSError):

@@ -1,8 +1,8 @@
-"""Algorithm 1: teach a network to see the noise in an image.                         N6, N7, V12, Ho (14)
+"""Algorithm 1: teach a network to see the noise in an image.                   N6, N7, V12, Ho (14)
 
-`python train.py` trains on the digits in assets/ and draws new ones into out/.  `--data PATH` takes other
-images, `--resume` goes on after a stop, `torchrun --nproc_per_node=N train.py` uses N devices,
-`--evaluate` prints the bound on −log p(x_0) of the images that were held out.
+`python train.py` trains on the digits in assets/ and draws new ones into out/.  `--data PATH` takes
+other images, `--resume` goes on after a stop, `torchrun --nproc_per_node=N train.py` uses N
+devices, `--evaluate` prints the bound on −log p(x_0) of the images that were held out.
 """
 import copy
 import io
@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import posterior
-from data import (DIGITS, Arguments, Progress, duration, load, refuse, reported, require_writable, sheet, split,
-                  to_bytes, to_pixels, whole_file, write_png)
+from data import (DIGITS, Arguments, Progress, duration, load, refuse, reported, require_writable,
+                  sheet, split, to_bytes, to_pixels, whole_file, write_png)
 from sample import (autocast, build, choose_device, generate, load_network, on_device, q_sample,
                     read_checkpoint, schedule_of)
 from unet import UNet, parameters
@@ -32,27 +32,29 @@ try:
 except ImportError:             # Windows: there two runs in one folder go unnoticed
     fcntl = None
 
-COMMON = dict(schedule="linear", T=1000, beta_1=1e-4, beta_T=0.02, seed=0, drop_label=0.1, float32=False)
+COMMON = dict(schedule="linear", T=1000, beta_1=1e-4, beta_T=0.02, seed=0, drop_label=0.1,
+              float32=False)
 PRESETS = {
-    # Found by measurement: what draws the best digits after five minutes on two cores.
-    "digits": dict(width=32, multipliers=(1, 2), blocks=1, attention=(7,), dropout=0.0, groups=4, patch=2,
-                   flip=False, lr=4e-3, decay=True, beta2=0.99, warmup=100, batch=64, steps=3000, ema=0.999),
+    # Found by measurement: the best digits after five minutes on two cores.
+    "digits": dict(width=32, multipliers=(1, 2), blocks=1, attention=(7,), dropout=0.0, groups=4,
+                   patch=2, flip=False, lr=4e-3, decay=True, beta2=0.99, warmup=100, batch=64,
+                   steps=3000, ema=0.999),
     # Ho et al. (2020), appendix B.
-    "cifar10": dict(width=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1, groups=32,
-                    patch=1, flip=True, lr=2e-4, decay=False, beta2=0.999, warmup=5000, batch=128,
-                    steps=800_000, ema=0.9999),
+    "cifar10": dict(width=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1,
+                    groups=32, patch=1, flip=True, lr=2e-4, decay=False, beta2=0.999, warmup=5000,
+                    batch=128, steps=800_000, ema=0.9999),
 }
 NETWORK = ("width", "multipliers", "blocks", "attention", "dropout", "groups", "patch")
-LOOK = 50                       # steps between two looks at the loss: each look waits for the device
+LOOK = 50                      # steps between two looks at the loss: each look waits for the device
 RESIDENT = 1 << 30              # bytes: a smaller data set moves to the device as a whole
 
 
 # ── Algorithm 1 ───────────────────────────────────────────────────────────────────────────────────
 
-def l_simple(eps_theta, x0: Tensor, t: Tensor, eps: Tensor, label: Tensor | None, schedule) -> Tensor:
+def l_simple(eps_theta, x0: Tensor, t: Tensor, eps: Tensor, label: Tensor | None, schedule):
     """L_simple = ‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖²                               Ho (14), N6, N7
 
-    The mean over pixels and images.  x0, eps: (B, C, H, W);  t: (B,), in 1..T;  label: (B,) or None.
+    Mean over pixels and images.  x0, eps: (B, C, H, W);  t: (B,), in 1..T;  label: (B,) or None.
     """
     x_t = q_sample(x0, t, eps, schedule)
     return F.mse_loss(eps_theta(x_t, t, label), eps)
@@ -61,7 +63,7 @@ def l_simple(eps_theta, x0: Tensor, t: Tensor, eps: Tensor, label: Tensor | None
 def draw_t(count: int, T: int, generator: torch.Generator) -> Tensor:
     """t ~ Uniform({1, …, T}), one from each of `count` equal parts of the range.
 
-    The mean of any loss over these t is the mean over uniform t, as with independent ones, and varies less.
+    The expected loss is that of independent uniform t; it only varies less.
     """
     part = torch.arange(count, device=generator.device)
     u = (part + torch.rand(count, device=generator.device, generator=generator)) / count
@@ -69,14 +71,14 @@ def draw_t(count: int, T: int, generator: torch.Generator) -> Tensor:
 
 
 def learning_rate(step: int, settings: dict) -> float:
-    """Rises for `warmup` steps; with `decay` it then falls in a straight line to 0 after the last step."""
+    """Rises for `warmup` steps; with `decay` it then falls in a straight line, to 0 at the end."""
     rise = min(1.0, step / settings["warmup"])
     fall = 1 - (step - 1) / settings["steps"] if settings["decay"] else 1.0
     return settings["lr"] * rise * fall
 
 
 def gradient_step(run: "Run", loss: Tensor):
-    """Down the clipped gradient with Adam; then move the average of the parameters a little their way."""
+    """Down the clipped gradient with Adam; then the average of the parameters follows a little."""
     settings = run.config["train"]
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.step, settings)
@@ -84,7 +86,7 @@ def gradient_step(run: "Run", loss: Tensor):
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
     run.optimizer.step()
-    decay = min(settings["ema"], (1 + run.step) / (10 + run.step))     # at first, of what there is so far
+    decay = min(settings["ema"], (1 + run.step) / (10 + run.step))     # at first, of all so far
     with torch.no_grad():
         torch._foreach_lerp_(list(run.ema.parameters()), list(run.net.parameters()), 1 - decay)
 
@@ -95,22 +97,24 @@ def train(run: "Run", images: np.ndarray, labels: np.ndarray | None, compile: bo
     Returns the number of the signal that stopped it, or 0 when all steps are done.
     """
     settings, device, rank, world = run.config["train"], run.device, run.rank, run.world
-    shape, schedule = (settings["batch"], *run.config["shape"]), on_device(schedule_of(run.config), device)
+    schedule = on_device(schedule_of(run.config), device)
+    batch, T, shape = settings["batch"], schedule.T, (settings["batch"], *run.config["shape"])
     draw_x0 = batches(run, images, labels)
     eps_theta = DistributedDataParallel(run.net) if world > 1 else run.net
     eps_theta = torch.compile(eps_theta) if compile else eps_theta
     stop, watch = stop_signals(), Watch(run)
-    every = max(LOOK, min(settings["steps"] // 10, 5000))           # steps between two checkpoints
+    every = max(LOOK, min(settings["steps"] // 10, 5000))            # steps between two checkpoints
 
-    while run.step < settings["steps"] and not stop:                             # 1: repeat
+    while run.step < settings["steps"] and not stop:                   # 1: repeat
         run.step += 1
-        x0, label = draw_x0()                                                    # 2: x_0 ~ q(x_0)
-        t = draw_t(settings["batch"], schedule.T, run.noise)[rank::world]        # 3: t ~ Uniform({1, …, T})
-        eps = torch.randn(shape, device=device, generator=run.noise)[rank::world]    # 4: ε ~ N(0, I)
-        with autocast(device, settings["float32"]):
-            loss = l_simple(eps_theta, x0, t, eps, label, schedule)              # 5: step along
-        gradient_step(run, loss)                                                 #    ∇ ‖ε − ε_θ(x_t, t)‖²
-        watch(loss, stop)                                                        # 6: until converged
+        x0, label = draw_x0()                                          # 2: x_0 ~ q(x_0)
+        t = draw_t(batch, T, run.noise)[rank::world]                   # 3: t ~ Uniform({1, …, T})
+        eps = torch.randn(shape, device=device, generator=run.noise)   # 4: ε ~ N(0, I)
+        eps = eps[rank::world]
+        with autocast(device, settings["float32"]):                    # 5: gradient step on
+            loss = l_simple(eps_theta, x0, t, eps, label, schedule)    #    ∇ ‖ε − ε_θ(x_t, t)‖²
+        gradient_step(run, loss)
+        watch(loss, stop)                                              # 6: until converged
         if run.step % every == 0:
             save(run)
             picture(run, f"step-{run.step:06}.png", "dpm", steps=20)
@@ -131,7 +135,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     device: torch.device
     out: Path
-    rank: int                                      # which of `world` processes this is; 0 alone writes
+    rank: int                                   # which of `world` processes this is; 0 alone writes
     world: int
     choice: torch.Generator                        # images, labels and flips; on the host
     noise: torch.Generator                         # t and ε; on the device
@@ -154,7 +158,9 @@ def batches(run: Run, images: np.ndarray, labels: np.ndarray | None):
 
     def share(values: Tensor) -> Tensor:
         values = values[rank::world]
-        return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+        if device.type == "cuda":
+            values = values.pin_memory()
+        return values.to(device, non_blocking=True)
 
     def draw():
         index = torch.randint(len(images), (settings["batch"],), generator=run.choice)
@@ -170,17 +176,18 @@ def batches(run: Run, images: np.ndarray, labels: np.ndarray | None):
 
 
 class Watch:
-    """Looks at the loss every LOOK steps, tells, and stops a run whose loss is no longer a number."""
+    """Looks at the loss every LOOK steps, tells, and ends a run whose loss is not a number."""
 
     def __init__(self, run: Run):
-        self.run, self.first, self.start, self.progress = run, run.step, time.monotonic(), Progress()
+        self.run, self.first, self.start = run, run.step, time.monotonic()
+        self.progress = Progress()
 
     def __call__(self, loss: Tensor, stop: list):
         run, steps = self.run, self.run.config["train"]["steps"]
         run.since += loss.detach()
         if run.step % LOOK and run.step != steps:
             return
-        if run.world > 1:                              # every rank sees the mean loss, and stops if one must
+        if run.world > 1:                     # every rank sees the mean loss, and stops if one must
             signals = torch.tensor([float(sum(stop[:1])), run.since / run.world], device=run.device)
             dist.all_reduce(signals[:1], dist.ReduceOp.MAX)
             dist.all_reduce(signals[1:])
@@ -195,11 +202,11 @@ class Watch:
             rate = (run.step - self.first) / (time.monotonic() - self.start)
             self.progress(f"step {run.step} of {steps} · loss {mean:.4f} · "
                           f"{rate * run.config['train']['batch']:.0f} images/s · "
-                          f"{duration((steps - run.step) / rate)} left", last=run.step == steps or bool(stop))
+                          f"{duration((steps - run.step) / rate)} left", last=run.step == steps)
 
 
 def stop_signals() -> list:
-    """A list that is empty until SIGINT or SIGTERM asks to stop; a second one ends the process at once."""
+    """A list, empty until SIGINT or SIGTERM asks to stop; a second one ends the process at once."""
     asked = []
 
     def ask(number, frame):
@@ -219,17 +226,19 @@ def last_good(run: Run) -> str:
 
 
 def save(run: Run):
-    """checkpoint.pt and log.csv, each whole or not at all.  Never saves weights that are not numbers."""
+    """checkpoint.pt and log.csv, each whole or not at all; never weights that are not numbers."""
     if not all(torch.isfinite(p).all() for p in run.net.parameters()):
         refuse(f"the weights are no longer finite at step {run.step}; {last_good(run)}")
     if run.rank != 0:
         return
-    random = dict(choice=run.choice.get_state(), noise=run.noise.get_state(), dropout=torch.get_rng_state())
+    random = dict(choice=run.choice.get_state(), noise=run.noise.get_state(),
+                  dropout=torch.get_rng_state())
     if run.device.type == "cuda":
         random["dropout_cuda"] = torch.cuda.get_rng_state(run.device)
     buffer = io.BytesIO()
-    torch.save(dict(config=run.config, step=run.step, net=run.net.state_dict(), ema=run.ema.state_dict(),
-                    optimizer=run.optimizer.state_dict(), random=random, log=run.log, since=run.since), buffer)
+    torch.save(dict(config=run.config, step=run.step, net=run.net.state_dict(),
+                    ema=run.ema.state_dict(), optimizer=run.optimizer.state_dict(), random=random,
+                    log=run.log, since=run.since), buffer)
     text = "step,loss\n" + "".join(f"{step},{loss!r}\n" for step, loss in run.log)
     for name, content in (("checkpoint.pt", buffer.getbuffer()), ("log.csv", text.encode())):
         try:
@@ -242,9 +251,9 @@ def save(run: Run):
 def share(run: Run):
     """network.pt: the averaged network alone, in float16, to give away or to sample from."""
     config = {key: run.config[key] for key in ("unet", "schedule", "shape", "float32")}
+    ema = {name: value.half() for name, value in run.ema.state_dict().items()}
     with whole_file(run.out / "network.pt") as file:
-        torch.save(dict(config=config, step=run.step,
-                        ema={name: value.half() for name, value in run.ema.state_dict().items()}), file)
+        torch.save(dict(config=config, step=run.step, ema=ema), file)
 
 
 def picture(run: Run, name: str, sampler: str, steps: int):
@@ -261,10 +270,10 @@ def picture(run: Run, name: str, sampler: str, steps: int):
 
 @torch.no_grad()
 def evaluate(predict, config: dict, x0: Tensor, seed: int = 0, each: int = 32) -> dict:
-    """L_T, Σ_{t>1} L_{t−1} and L_0 in bits per dimension, each with its Monte Carlo error     Ho (5), V7
+    """L_T, Σ_{t>1} L_{t−1}, L_0 in bits per dimension, with Monte Carlo errors           Ho (5), V7
 
-    predict(x_t, t, i): ε_θ for images i of x0 (N, C, H, W).  Every t > 1 is estimated from `each` images,
-    L_0 from all, L_T exactly.  Returns {variance: {term: (mean, error)}} for σ_t² = β_t and β̃_t.
+    predict(x_t, t, i): ε_θ for images i of x0 (N, C, H, W).  Each t > 1 is estimated from `each`
+    images, L_0 from all, L_T exactly.  Returns {variance: {term: (mean, error)}}, for β_t and β̃_t.
     """
     schedule, T = schedule_of(config), config["schedule"]["T"]
     tables, generator = on_device(schedule, x0.device), torch.Generator(x0.device).manual_seed(seed)
@@ -290,12 +299,13 @@ def evaluate(predict, config: dict, x0: Tensor, seed: int = 0, each: int = 32) -
         sigma2 = posterior.reverse_variance(variance, schedule)
         weight = posterior.C(t, sigma2[2:], schedule)
         constant = posterior.matching_constant(t, sigma2[2:], schedule)
+        spread = errors[2:].var(1, ddof=1) / each
         l_0 = posterior.L_0(clean, posterior.reverse_mean(x_1, eps_hat, 1, schedule), sigma2[1])
         l_0 = l_0.mean((1, 2, 3)) / np.log(2)
         found[variance] = {
             "L_T": (l_T.mean(), 0.0),
             "L_{t-1}": ((weight * errors[2:].mean(1) + constant).sum() / np.log(2),
-                        np.sqrt((weight ** 2 * errors[2:].var(1, ddof=1) / each).sum()) / np.log(2)),
+                        np.sqrt((weight ** 2 * spread).sum()) / np.log(2)),
             "L_0": (l_0.mean(), l_0.std(ddof=1) / np.sqrt(len(l_0)))}
     return found
 
@@ -303,7 +313,7 @@ def evaluate(predict, config: dict, x0: Tensor, seed: int = 0, each: int = 32) -
 def print_bound(found: dict):
     """The terms as the paper reports them: rate and distortion, section 4.3."""
     print("\n−log p(x_0) of held-out images is at most, in bits per dimension:")
-    print("sigma²        regularization L_T    matching Σ L_{t−1}   reconstruction L_0           total")
+    print("sigma²        regularization L_T    matching Σ L_{t−1}   reconstruction L_0       total")
     for variance, terms in found.items():
         total = sum(mean for mean, _ in terms.values())
         error = np.sqrt(sum(error ** 2 for _, error in terms.values()))
@@ -315,12 +325,12 @@ def print_bound(found: dict):
 # ── The command ───────────────────────────────────────────────────────────────────────────────────
 
 def arguments() -> Arguments:
-    parser = Arguments(description="Train a denoising diffusion model; plain `python train.py` draws digits.")
+    parser = Arguments(description="Train a denoising diffusion model; without options, on digits.")
     add = parser.add_argument
     add("--data", help="IDX files, .npz, .npy or a folder (the digits in assets/)")
-    add("--out", type=Path, default=Path("out"), help="folder for checkpoint, log and pictures (out)")
+    add("--out", type=Path, default=Path("out"), help="folder for checkpoint and pictures")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, exactly")
-    add("--evaluate", action="store_true", help="print the bound on held-out images, and train nothing")
+    add("--evaluate", action="store_true", help="print the bound on held-out images")
     add("--preset", choices=PRESETS, help="digits (default), or the paper's settings for cifar10")
     add("--steps", type=int)
     add("--batch", type=int, help="images a step, over all devices")
@@ -331,15 +341,16 @@ def arguments() -> Arguments:
     add("--beta-T", type=float, help="last beta of the linear schedule (0.02)")
     add("--seed", type=int)
     add("--device", help="cuda, mps or cpu; default: the best one here")
-    add("--float32", action="store_true", default=None, help="no bfloat16, even where the device has it")
+    add("--float32", action="store_true", default=None, help="no bfloat16, even if the device can")
     add("--deterministic", action="store_true", help="the same bits again on a GPU too; slower")
-    add("--compile", action="store_true", help="torch.compile the network: slow to start, then faster")
+    add("--compile", action="store_true", help="torch.compile: slow to start, then faster")
     return parser
 
 
 def configuration(given: dict, images: np.ndarray, labels: np.ndarray | None) -> dict:
     """All that decides what a run computes.  Raises ValueError for settings that make no sense."""
-    train = {"preset": "digits"} | COMMON | PRESETS[given.get("preset", "digits")] | {"data": str(DIGITS)} | given
+    preset = given.get("preset", "digits")
+    train = COMMON | PRESETS[preset] | dict(preset=preset, data=str(DIGITS)) | given
     for name in ("steps", "batch"):
         if train[name] < 1:
             raise ValueError(f"--{name} must be at least 1, not {train[name]}")
@@ -352,8 +363,8 @@ def configuration(given: dict, images: np.ndarray, labels: np.ndarray | None) ->
     betas = ("T", "beta_1", "beta_T") if train["schedule"] == "linear" else ("T",)
     height, width, channels = images.shape[1:]
     config = dict(
-        unet=dict(size=height, channels=channels, labels=0 if labels is None else int(labels.max()) + 1,
-                  **{name: train.pop(name) for name in NETWORK}),
+        unet=dict(size=height, channels=channels, **{name: train.pop(name) for name in NETWORK},
+                  labels=0 if labels is None else int(labels.max()) + 1),
         schedule=dict(kind=train["schedule"], **{name: train[name] for name in betas}),
         shape=[channels, height, width], float32=train["float32"], train=train,
         images=[len(images), zlib.crc32(np.ascontiguousarray(images[:1000]).tobytes())])
@@ -369,13 +380,14 @@ def start(config: dict, device: torch.device, out: Path, rank: int, world: int,
     settings = config["train"]
     torch.manual_seed(settings["seed"])
     if checkpoint:
-        net = build(config, checkpoint["net"], out).to(device, memory_format=torch.channels_last)
-        ema = build(config, checkpoint["ema"], out).to(device, memory_format=torch.channels_last).eval()
+        net, ema = (build(config, checkpoint[name], out) for name in ("net", "ema"))
     else:
-        net = UNet(**config["unet"]).to(device, memory_format=torch.channels_last)
-        ema = copy.deepcopy(net).eval()
-    ema.requires_grad_(False)
-    optimizer = torch.optim.Adam(net.parameters(), settings["lr"], betas=(0.9, settings["beta2"]), fused=True)
+        net = UNet(**config["unet"])
+        ema = copy.deepcopy(net)
+    net = net.to(device, memory_format=torch.channels_last)
+    ema = ema.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(net.parameters(), settings["lr"], betas=(0.9, settings["beta2"]),
+                                 fused=True)
     run = Run(config, net, ema, optimizer, device, out, rank, world,
               choice=torch.Generator().manual_seed(settings["seed"]),
               noise=torch.Generator(device).manual_seed(settings["seed"] + 1),
@@ -390,7 +402,8 @@ def start(config: dict, device: torch.device, out: Path, rank: int, world: int,
             torch.set_rng_state(random["dropout"])
             if "dropout_cuda" in random and device.type == "cuda":
                 torch.cuda.set_rng_state(random["dropout_cuda"], device)
-        run.step, run.log, run.since = checkpoint["step"], checkpoint["log"], checkpoint["since"].to(device)
+        run.step, run.log = checkpoint["step"], checkpoint["log"]
+        run.since = checkpoint["since"].to(device)
     return run
 
 
@@ -403,14 +416,16 @@ def resumed(given: dict, out: Path) -> dict:
     stored = checkpoint["config"].get("train")
     if not stored or "net" not in checkpoint:
         raise ValueError(f"{path} holds no training run, only a trained network")
-    differ = [f"--{name.replace('_', '-')} was {stored[name]}, now {value}" for name, value in given.items()
-              if name not in ("steps", "data") and stored[name] != value]
+    fixed = {name: value for name, value in given.items() if name not in ("steps", "data")}
+    differ = [f"--{name.replace('_', '-')} was {stored[name]}, now {value}"
+              for name, value in fixed.items() if stored[name] != value]
     if differ:
-        raise ValueError(f"--resume goes on with the same run, but {'; '.join(differ)}: leave that out, "
-                         "or begin another run with another --out")
+        raise ValueError(f"--resume goes on with the same run, but {'; '.join(differ)}: "
+                         "leave that out, or begin another run with another --out")
     stored["steps"] = given.get("steps", stored["steps"])
     if stored["steps"] <= checkpoint["step"]:
-        raise ValueError(f"{path} is complete at step {checkpoint['step']}: a larger --steps trains it further")
+        raise ValueError(f"{path} is complete at step {checkpoint['step']}: "
+                         "a larger --steps trains it further")
     return checkpoint
 
 
@@ -418,33 +433,34 @@ def announce(run: Run, images: np.ndarray, held_out: np.ndarray):
     """What is about to happen, and what loss to expect."""
     schedule, settings = schedule_of(run.config), run.config["train"]
     precision = "bfloat16" if autocast(run.device, settings["float32"])._enabled else "float32"
-    l_T = posterior.bits_per_dim(posterior.L_T(to_pixels(np.array(images[:1000], dtype=float)), schedule))
-    height, width, channels = images.shape[1:]
-    print(f"device    {run.device}, {precision}" + (f", {run.world} processes" if run.world > 1 else ""))
-    print(f"images    {len(images)} of {height}x{width}x{channels} to train on, {len(held_out)} held out, "
+    several = f", {run.world} processes" if run.world > 1 else ""
+    size = "x".join(map(str, images.shape[1:]))
+    x0 = to_pixels(np.array(images[:1000], dtype=np.float64))
+    l_T = posterior.bits_per_dim(posterior.L_T(x0, schedule))
+    noise = "x_T is noise" if l_T < 0.01 else "x_T IS STILL THE IMAGE: more steps or larger betas!"
+    print(f"device    {run.device}, {precision}{several}")
+    print(f"images    {len(images)} of {size} to train on, {len(held_out)} held out, "
           f"{run.config['unet']['labels'] or 'no'} labels")
     print(f"network   {parameters(run.net):,} parameters")
-    print(f"schedule  {run.config['schedule']['kind']}, T = {schedule.T}: L_T = {l_T:.3g} bits/dim " + (
-        "(x_T is noise)" if l_T < 0.01 else "(x_T IS STILL THE IMAGE: take more steps or larger betas)"))
-    floor = schedule.alpha_bar[1:].mean()
-    print(f"loss      1.0 is knowing nothing (ε_θ = 0); {floor:.4f} is the best for pixels without structure; "
-          "images come lower, 0 is out of reach")
+    print(f"schedule  {settings['schedule']}, T = {schedule.T}: L_T = {l_T:.3g} bits/dim ({noise})")
+    print(f"loss      1 knows nothing (ε_θ = 0); {schedule.alpha_bar[1:].mean():.4f} is the least "
+          "for pixels\n          without structure; images come lower, and 0 is out of reach\n")
 
 
 def chart(log: list, width: int = 72, height: int = 8) -> str:
     """The loss along the run, in text; the scale is logarithmic."""
-    columns = [np.mean(part) for part in np.array_split([loss for _, loss in log], min(width, len(log)))]
-    y = np.log10(columns)
+    parts = np.array_split([loss for _, loss in log], min(width, len(log)))
+    y = np.log10([part.mean() for part in parts])
     low, high = y.min(), max(y.max(), y.min() + 1e-3)
     level = np.rint((y - low) / (high - low) * (height - 1))
-    rows = ["".join("●" if level[x] == row else " " for x in range(len(y))) for row in reversed(range(height))]
+    rows = ["".join("●" if at == row else " " for at in level) for row in reversed(range(height))]
     marks = 10 ** np.linspace(high, low, height)
     return "\n".join(f"{mark:8.4f} │{row}" for mark, row in zip(marks, rows)) + (
         f"\n    loss └{'─' * len(y)} step {log[-1][0]}")
 
 
 def prepare(args, given: dict, rank: int, world: int):
-    """Check everything a user can get wrong, before anything is written: (run, images, labels, held out)."""
+    """All that a user can get wrong is checked here, before anything is written."""
     device = choose_device(args.device)
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -455,13 +471,15 @@ def prepare(args, given: dict, rank: int, world: int):
                          "or begin another run with another --out")
     path = given.get("data") or (checkpoint["config"]["train"]["data"] if checkpoint else DIGITS)
     images, labels = load(path)
-    (images, held_out), (labels, _) = split(images), (None, None) if labels is None else split(labels)
     config = checkpoint["config"] if checkpoint else configuration(given, images, labels)
     if checkpoint and configuration(config["train"], images, labels)["images"] != config["images"]:
-        raise ValueError(f"{path} holds other images than those the run began with: name them with --data")
+        raise ValueError(f"{path} holds other images than those the run began with: "
+                         "name them with --data")
     if config["train"]["batch"] % world:
-        raise ValueError(f"--batch {config['train']['batch']} cannot be shared by {world} processes")
+        raise ValueError(f"--batch {config['train']['batch']} is no multiple of {world} processes")
     require_writable(args.out / "checkpoint.pt")
+    images, held_out = split(images)
+    labels = None if labels is None else split(labels)[0]
     return start(config, device, args.out, rank, world, checkpoint), images, labels, held_out
 
 
@@ -475,12 +493,15 @@ def bound_of(args, given: dict):
     images, labels = load(given.get("data") or config.get("train", {}).get("data", DIGITS))
     held_out = split(images)[1][:1000]
     if len(held_out) < 2 or list(held_out.shape[1:]) != config["shape"][1:] + config["shape"][:1]:
-        raise ValueError(f"{len(held_out)} images of {held_out.shape[1:]} are held out: needed are two or more "
-                         f"like those of the run, {config['shape']}")
+        raise ValueError(f"{len(held_out)} images of {held_out.shape[1:]} are held out: needed are "
+                         f"two or more like those of the run, {config['shape']}")
     x0 = to_pixels(torch.from_numpy(np.array(held_out)).to(device)).permute(0, 3, 1, 2)
     label = torch.from_numpy(split(labels)[1][:1000]).to(device) if net.labels else None
     print(f"{path} on {device}: {len(x0)} held-out images")
-    print_bound(evaluate(lambda x_t, t, i: net(x_t, t, None if label is None else label[i]), config, x0))
+
+    def predict(x_t, t, i):
+        return net(x_t, t, None if label is None else label[i])
+    print_bound(evaluate(predict, config, x0))
 
 
 def lock(out: Path):
@@ -496,8 +517,9 @@ def lock(out: Path):
 
 def main():
     args = arguments().parse_args()
-    names = ("data", "preset", "steps", "batch", "lr", "schedule", "T", "beta_1", "beta_T", "seed", "float32")
-    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    names = ("data", "preset", "steps", "batch", "lr", "schedule", "T", "beta_1", "beta_T", "seed",
+             "float32")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch.set_float32_matmul_precision("high")                 # TF32 where there is no bfloat16
     torch.backends.cudnn.benchmark = not args.deterministic
@@ -517,12 +539,13 @@ def main():
     if world > 1:
         dist.destroy_process_group()
     if rank == 0 and stopped:
-        print(f"\nstopped and saved at step {run.step}; to go on: python train.py --resume --out {args.out}")
+        print(f"\nstopped and saved at step {run.step}; "
+              f"to go on: python train.py --resume --out {args.out}")
     elif rank == 0:
         print(f"\n{chart(run.log)}\n")
         picture(run, "samples.png", "ddpm", steps=200)
         share(run)
-        print(f"drawn: {args.out / 'samples.png'}; kept: checkpoint.pt, log.csv and, to share, network.pt")
+        print(f"drawn: {args.out / 'samples.png'}; beside it: checkpoint.pt, log.csv, network.pt")
         print(f"next: python sample.py --weights {args.out / 'checkpoint.pt'}")
     raise SystemExit(128 + stopped if stopped else 0)
 

@@ -1,11 +1,12 @@
-"""The noise predictor ε_θ(x_t, t): the U-Net of Ho et al. (2020), appendix B.                 N6, V12
+"""The noise predictor ε_θ(x_t, t): the U-Net of Ho et al. (2020), appendix B.               N6, V12
 
-Everything else is a formula; this is the part that learns.  It sees a noisy image and t, and answers
-with the noise that it believes was mixed into x_0.  `python unet.py` prints its layers and its size.
+Everything else is a formula; this is the part that learns.  It sees a noisy image and t, and
+answers with the noise that it believes was mixed into x_0.  `python unet.py` prints its layers
+and its size.
 
-         x_t ─ conv_in ─ block ─ block ─┬─────────────── skips ──────────────┬─ block ─ block ─ conv_out ─ ε_θ
-                                      halve                               double
-                                        └─ block ─ block ─ … middle … ─ block ┘
+    x_t ─ conv_in ─ block ─ block ─┬─────────── skips ───────────┬─ block ─ block ─ conv_out ─ ε_θ
+                                 halve                         double
+                                   └─ block ─ … middle … ─ block ┘
 """
 import math
 
@@ -26,10 +27,10 @@ def time_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm, computed in float32: the statistics of bfloat16 are coarse, and on CPUs also slow."""
+    """GroupNorm, computed in float32: statistics of bfloat16 are coarse, and on CPUs also slow."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float())
+        return super().forward(x.float()).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -49,9 +50,12 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """shortcut(x) + conv2(drop(act(norm2(conv1(act(norm1(x))) + time(act(temb)))))), then attention."""
+    """shortcut(x) + conv2(drop(act(norm2(conv1(act(norm1(x))) + time(act(temb)))))),
+    then attention.
+    """
 
-    def __init__(self, c_in: int, c_out: int, c_time: int, groups: int, dropout: float, attention: bool):
+    def __init__(self, c_in: int, c_out: int, c_time: int, groups: int, dropout: float,
+                 attention: bool):
         super().__init__()
         self.norm1 = Norm(groups, c_in, eps=1e-6)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -92,13 +96,14 @@ class Upsample(nn.Module):
 
 
 class UNet(nn.Module):
-    """ε_θ(x_t, t): x_t (B, C, H, W) in [-1, 1] plus noise, t (B,) in 1..T → the noise, shaped like x_t.
+    """ε_θ(x_t, t): x_t (B, C, H, W) in [-1, 1] plus noise, t (B,) in 1..T → the noise (B, C, H, W).
 
-    size: the images' height; it decides which levels attention stands at: those of a height in `attention`.
-    width · multipliers: the channels of each level.  blocks: residual blocks per level down; up has one more.
+    size: the images' height; attention stands at the levels whose height is in `attention`.
+    width · multipliers: the channels of each level.
+    blocks: residual blocks per level down; up has one more.
     labels: how many classes; the label `labels` itself means "none".  groups: of each GroupNorm.
-    patch: patch x patch pixels become the channels of one, a paper-sized shortcut for small machines;
-    1 is the paper.  The defaults are the paper's CIFAR10 network: 35,746,307 parameters.
+    patch: patch x patch pixels become the channels of one, which saves time; 1 is the paper.
+    The defaults are the paper's CIFAR10 network: 35,746,307 parameters.
     Raises ValueError for sizes that do not fit together, and for images that it cannot halve.
     """
 
@@ -123,7 +128,8 @@ class UNet(nn.Module):
                 skips.append(c)
                 size = size // 2
             for _ in range(blocks):
-                self.down.append(Block(c, multiplier * width, c_time, groups, dropout, size in attention))
+                self.down.append(Block(c, multiplier * width, c_time, groups, dropout,
+                                       size in attention))
                 c = multiplier * width
                 skips.append(c)
         self.middle = nn.ModuleList([Block(c, c, c_time, groups, dropout, attention=True),
@@ -184,4 +190,5 @@ def parameters(net: nn.Module) -> int:
 if __name__ == "__main__":
     paper = UNet()
     print(paper)
-    print(f"\nThe paper's CIFAR10 network: {parameters(paper):,} parameters (the paper says 35.7 million)")
+    print(f"\nThe paper's CIFAR10 network: {parameters(paper):,} parameters "
+          "(the paper says 35.7 million)")
