@@ -8,6 +8,8 @@ import json
 import os
 import pickle
 import random
+import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -352,6 +354,17 @@ def test_what_would_change_the_run_is_refused_on_resume(trained, tiny, call, tmp
             and (trained[0] / "checkpoint.pt").read_bytes() == before)
 
 
+def test_a_second_signal_ends_at_once(call, monkeypatch):
+    """SIGINT: the first asks for an orderly stop, the second does not wait for it."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    asked = train.stop_signals()
+    signal.raise_signal(signal.SIGINT)
+    assert asked == [signal.SIGINT] and not ended
+    signal.raise_signal(signal.SIGINT)
+    assert ended == [130]
+
+
 def test_two_runs_in_one_folder_are_refused(tiny, call, tmp_path):
     """The second run in a folder ends at once, in words."""
     held = train.lock(tmp_path)
@@ -613,3 +626,52 @@ def test_any_bytes_are_a_checkpoint_or_refused(tmp_path_factory, data_):
         sample.load_network(path, torch.device("cpu"))
     except (ValueError, OSError):
         pass
+
+
+# ── The README ────────────────────────────────────────────────────────────────────────────────────
+
+README = (ROOT / "README.md").read_text()
+QUICK_START = re.search(r"```sh\n(.*?)```", README, re.S)[1].splitlines()
+
+
+def test_the_readme_names_only_what_exists():
+    """README: every link leads to the line of its function; every test, file and flag is there."""
+    for shown, name, file, line in re.findall(r"\[`(\w+\.py): (\w+)`\]\((\w+\.py)#L(\d+)\)", README):
+        lines = (ROOT / file).read_text().splitlines()
+        assert shown == file and re.match(rf"(def|class) {name}\b", lines[int(line) - 1]), (file, name)
+    code = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert name in ("test_math", "test_scripts") or f"def {name}(" in code, name
+    for path in re.findall(r"`((?:assets/)?[\w-]+\.(?:py|npz|pt|txt))`|\]\((assets/[\w./-]+)\)", README):
+        name = "".join(path)
+        assert (ROOT / name).exists() or name in ("checkpoint.pt", "network.pt"), name
+    flags = set(re.findall(r'"(--?[\w-]+)"', code)) | {"--hypothesis-profile", "--nproc_per_node"}
+    for flag in re.findall(r"(?<![\w-])(--[a-z][\w-]*)", README):
+        assert flag in flags, flag
+
+
+def test_the_readme_s_commands_are_understood(monkeypatch):
+    """README: every `python train.py ...` and `python sample.py ...` is a command that it can be."""
+    commands = re.findall(r"python ((?:train|sample)\.py[^`\n]*)", README)
+    assert len(commands) > 10
+    for command in commands:
+        script, *argv = shlex.split(command)
+        {"train.py": train, "sample.py": sample}[script].arguments().parse_args(argv)
+
+
+@pytest.mark.parametrize("line", QUICK_START)
+def test_the_quick_start_runs(line, tmp_path):
+    """README: each line of the quick start, made short where it takes long."""
+    if line == "pip install -r requirements.txt":
+        names = re.findall(r"^\w+", (ROOT / "requirements.txt").read_text(), re.M)
+        assert names == ["numpy", "torch", "pytest", "hypothesis"]
+    elif line == "pytest":
+        done = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", str(ROOT)],
+                              capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0 and "test_posterior_is_bayes_rule" in done.stdout
+    else:
+        program, script, *argv = shlex.split(line)
+        short = ["-n", 4] if script == "sample.py" else ["--batch", 2, "--T", 2, "--beta-T", 0.9]
+        assert program == "python"
+        run(script, *argv, "--steps", 2, *short, cwd=tmp_path)
+        assert decoded(tmp_path / "out/samples.png")[0].std() > 10
