@@ -102,7 +102,7 @@ def train(run: "Run", images: np.ndarray, labels: np.ndarray | None, compile: bo
     draw_x0 = batches(run, images, labels)
     eps_theta = DistributedDataParallel(run.net) if world > 1 else run.net
     eps_theta = torch.compile(eps_theta) if compile else eps_theta
-    stop, watch = stop_signals(), Watch(run)
+    watch, stop = Watch(run), 0
     every = max(LOOK, min(settings["steps"] // 10, 5000))            # steps between two checkpoints
 
     while run.step < settings["steps"] and not stop:                   # 1: repeat
@@ -114,13 +114,13 @@ def train(run: "Run", images: np.ndarray, labels: np.ndarray | None, compile: bo
         with autocast(device, settings["float32"]):                    # 5: gradient step on
             loss = l_simple(eps_theta, x0, t, eps, label, schedule)    #    ∇ ‖ε − ε_θ(x_t, t)‖²
         gradient_step(run, loss)
-        watch(loss, stop)                                              # 6: until converged
+        stop = watch(loss)                                             # 6: until converged
         if run.step % every == 0:
             save(run)
             picture(run, f"step-{run.step:06}.png", "dpm", steps=20)
     if run.step % every:
         save(run)
-    return stop[0] if stop else 0
+    return stop
 
 
 # ── Around it ─────────────────────────────────────────────────────────────────────────────────────
@@ -176,23 +176,26 @@ def batches(run: Run, images: np.ndarray, labels: np.ndarray | None):
 
 
 class Watch:
-    """Looks at the loss every LOOK steps, tells, and ends a run whose loss is not a number."""
+    """Looks at the loss every LOOK steps, tells, and ends a run whose loss is not a number.
+
+    Returns the signal that asks to stop, or 0; of several processes all get the same answer.
+    """
 
     def __init__(self, run: Run):
         self.run, self.first, self.start = run, run.step, time.monotonic()
-        self.progress = Progress()
+        self.progress, self.asked = Progress(), stop_signals()
 
-    def __call__(self, loss: Tensor, stop: list):
+    def __call__(self, loss: Tensor) -> int:
         run, steps = self.run, self.run.config["train"]["steps"]
         run.since += loss.detach()
+        stop = self.asked[0] if self.asked else 0
         if run.step % LOOK and run.step != steps:
-            return
-        if run.world > 1:                     # every rank sees the mean loss, and stops if one must
-            signals = torch.tensor([float(sum(stop[:1])), run.since / run.world], device=run.device)
-            dist.all_reduce(signals[:1], dist.ReduceOp.MAX)
-            dist.all_reduce(signals[1:])
-            stop[:] = [int(signals[0])] * bool(signals[0])
-            run.since = signals[1]
+            return stop if run.world == 1 else 0
+        if run.world > 1:                                # what one rank is asked, all do; mean loss
+            latest = torch.tensor(float(stop), device=run.device)
+            dist.all_reduce(latest, dist.ReduceOp.MAX)
+            dist.all_reduce(run.since)
+            stop, run.since = int(latest), run.since / run.world
         mean = run.since.item() / (run.step - (run.log[-1][0] if run.log else 0))
         if not np.isfinite(mean):
             refuse(f"the loss is {mean} at step {run.step}; {last_good(run)}")
@@ -203,6 +206,7 @@ class Watch:
             self.progress(f"step {run.step} of {steps} · loss {mean:.4f} · "
                           f"{rate * run.config['train']['batch']:.0f} images/s · "
                           f"{duration((steps - run.step) / rate)} left", last=run.step == steps)
+        return stop
 
 
 def stop_signals() -> list:
@@ -245,7 +249,7 @@ def save(run: Run):
             with whole_file(run.out / name) as file:
                 file.write(content)
         except OSError as error:
-            refuse(f"{run.out / name} could not be written ({error.strerror}); {last_good(run)}")
+            refuse(f"{error.filename} could not be written: {error.strerror}; {last_good(run)}")
 
 
 def share(run: Run):
@@ -282,7 +286,7 @@ def evaluate(predict, config: dict, x0: Tensor, seed: int = 0, each: int = 32) -
         eps = torch.randn(x0[i].shape, device=x0.device, generator=generator)
         x_t = q_sample(x0[i], t, eps, tables)
         eps_hat = predict(x_t, torch.full((len(x_t),), t, device=x0.device), i)
-        return x_t, eps_hat, (eps - eps_hat).double().square().mean((1, 2, 3)).cpu().numpy()
+        return x_t, eps_hat, (eps - eps_hat).square().mean((1, 2, 3)).cpu().numpy()
 
     errors = np.zeros((T + 1, each))
     progress = Progress()
@@ -291,7 +295,7 @@ def evaluate(predict, config: dict, x0: Tensor, seed: int = 0, each: int = 32) -
         errors[t] = squared_error(i, t)[2]
         progress(f"the bound: t = {t} of {T}", last=t == T)
     x_1, eps_hat, _ = squared_error(torch.arange(len(x0), device=x0.device), 1)
-    x_1, eps_hat, clean = (value.double().cpu().numpy() for value in (x_1, eps_hat, x0))
+    x_1, eps_hat, clean = (value.cpu().double().numpy() for value in (x_1, eps_hat, x0))
 
     l_T = posterior.L_T(clean, schedule).mean((1, 2, 3)) / np.log(2)
     found, t = {}, np.arange(2, T + 1)
@@ -535,7 +539,11 @@ def main():
         dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
     if rank == 0:
         announce(run, images, held_out)
-    stopped = train(run, images, labels, args.compile)
+    with reported():
+        stopped = train(run, images, labels, args.compile)
+        if rank == 0 and not stopped:
+            share(run)
+            picture(run, "samples.png", "ddpm", steps=200)
     if world > 1:
         dist.destroy_process_group()
     if rank == 0 and stopped:
@@ -543,8 +551,6 @@ def main():
               f"to go on: python train.py --resume --out {args.out}")
     elif rank == 0:
         print(f"\n{chart(run.log)}\n")
-        picture(run, "samples.png", "ddpm", steps=200)
-        share(run)
         print(f"drawn: {args.out / 'samples.png'}; beside it: checkpoint.pt, log.csv, network.pt")
         print(f"next: python sample.py --weights {args.out / 'checkpoint.pt'}")
     raise SystemExit(128 + stopped if stopped else 0)
