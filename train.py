@@ -388,8 +388,7 @@ def start(config: dict, device: torch.device, out: Path, rank: int, world: int,
     else:
         net = UNet(**config["unet"])
         ema = copy.deepcopy(net)
-    net = net.to(device, memory_format=torch.channels_last)
-    ema = ema.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    net, ema = net.to(device), ema.to(device).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), settings["lr"], betas=(0.9, settings["beta2"]),
                                  fused=True)
     run = Run(config, net, ema, optimizer, device, out, rank, world,

@@ -168,7 +168,9 @@ class UNet(nn.Module):
         if self.label is not None:
             temb = temb + self.label(label)
 
-        h = self.conv_in(F.pixel_unshuffle(x_t, self.patch))
+        # Channels-last is the layout that convolutions work in; what follows keeps it.
+        h = F.pixel_unshuffle(x_t, self.patch).contiguous(memory_format=torch.channels_last)
+        h = self.conv_in(h)
         skips = [h]
         for layer in self.down:
             h = layer(h, temb)
