@@ -5,7 +5,7 @@ Diffusion Probabilistic Models" (arXiv:2006.11239), in its symbols; `grep -n "Ho
 equation here and in the tests.  N is Nair's article, V is Vizuara's (README.md has both in full).
 
 Time runs t = 1..T and index 0 is the clean image.  Pixels live in [-1, 1].  Images have any one
-shape; t is an integer, or an array of integers that broadcasts against the images.
+shape; t is an integer, or, in formulas without a loop, an array that broadcasts.
 
 `python ddpm.py` diffuses the letter T in two ways and draws both.
 """

@@ -23,6 +23,7 @@ from ddpm import Schedule
 from unet import UNet
 
 COMPLETIONS = 4             # of each digit, with --keep
+PUBLISHED = "diffusion_pytorch_model.bin"
 LAST, SHIPPED = Path("out/checkpoint.pt"), DIGITS.with_name("digits.pt")
 
 
@@ -161,7 +162,8 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name or here[0])
     except RuntimeError:
         device = None
-    if device is None or device.type not in here:
+    if device is None or device.type not in here or (
+            device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"there is no device {name!r} here: choose from {', '.join(here)}")
     return device
 
@@ -186,7 +188,7 @@ def read_checkpoint(path: str | Path) -> dict:
     """What train.py saved: config, step and ema at least.  Raises ValueError or OSError.
 
     The file may come from a stranger: its checksums are verified, it cannot unpack to more than its
-    own size, and nothing in it is run (weights_only).
+    own size, and nothing in it is run (weights_only).  `build` does not believe its tensors either.
     """
     path = Path(path)
     with open(path, "rb") as file, sound(path, "a checkpoint of train.py"):
@@ -208,6 +210,14 @@ def build(config: dict, tensors: dict, path: str | Path) -> UNet:
         with torch.device("meta"):    # shapes only: nothing is allocated before it has been checked
             net = UNet(**config["unet"])
         channels, height, width = config["shape"]
+        if not all(type(size) is int and size > 0 for size in config["shape"]):
+            raise ValueError(f"it draws images of {config['shape']}")
+        if type(config["float32"]) is not bool or config.get("first_t", 1) not in (0, 1):
+            raise ValueError("its settings are of the wrong kind")
+        for tensor in tensors.values():         # a view can be larger than what the file holds
+            if not tensor.is_floating_point() or tensor.layout != torch.strided or (
+                    tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()):
+                raise ValueError("it holds tensors that are not plain numbers")
         if channels != config["unet"]["channels"] or max(height, width) > 8192:
             raise ValueError(f"it draws images of {config['shape']}")
         net.check_size(height, width)
@@ -226,7 +236,7 @@ def build(config: dict, tensors: dict, path: str | Path) -> UNet:
 def load_network(path: str | Path, device: torch.device) -> tuple[UNet, dict]:
     """The network and its config, from our own checkpoint (its EMA) or a published one."""
     path = Path(path)
-    if path.is_dir() or path.with_name("config.json").exists():
+    if path.is_dir() or path.name == PUBLISHED:
         net, config = load_published(path if path.is_dir() else path.parent)
     else:
         checkpoint = read_checkpoint(path)
@@ -241,7 +251,7 @@ def load_published(folder: Path) -> tuple[UNet, dict]:
     They were trained with t = 0..T−1, so they are called with t − 1: config["first_t"] says so.
     Raises ValueError, naming what is missing or left over, when the files are not such a network.
     """
-    weights = folder / "diffusion_pytorch_model.bin"
+    weights = folder / PUBLISHED
     with sound(folder / "config.json", "the description of a published network"):
         theirs = json.loads((folder / "config.json").read_text())
         channels, blocks = theirs["block_out_channels"], theirs["layers_per_block"]
@@ -254,6 +264,8 @@ def load_published(folder: Path) -> tuple[UNet, dict]:
                   schedule=dict(kind="linear", T=1000, beta_1=1e-4, beta_T=0.02))
     with sound(weights, "a published network"):
         tensors = torch.load(weights, map_location="cpu", weights_only=True)
+        if blocks * len(channels) > len(tensors):
+            raise ValueError("it has fewer tensors than its description has blocks")
 
     names = {"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out",
              "time_embedding.linear_1": "time.0", "time_embedding.linear_2": "time.2",
@@ -293,7 +305,7 @@ def on_device(schedule: Schedule, device) -> Schedule:
 def noise_of(seed: int, numbers: range, shape: tuple, device):
     """A function that draws z ~ N(0, I), (len(numbers), *shape).
 
-    Each image has a stream of its own: picture i is the same in any batch and on any device.
+    Each image has a stream of its own: its noise is the same in any batch and on any device.
     """
     streams = [np.random.default_rng((seed, i)) for i in numbers]
 

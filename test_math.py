@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, example, given, strategies as st
+from hypothesis import example, given, strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from torch import nn
 
@@ -166,8 +166,8 @@ def test_log_normal_is_a_density_with_its_mean_and_variance(mean, variance):
     near((p * (x - mean) ** 2).sum(), variance, condition)
 
 
-@given(images, betas, pixels, pixels)
-def test_a_draw_is_the_mean_plus_scaled_noise(x, variance, eps, shift):
+@given(images, betas, pixels)
+def test_a_draw_is_the_mean_plus_scaled_noise(x, variance, eps):
     """Reparameterisation: a draw's z-score is its noise, its density the noise's, rescaled."""
     found = draw(x, variance, eps)
     near((found - x) / math.sqrt(variance), np.full_like(x, eps), 1 / math.sqrt(variance), scale=6)
@@ -186,8 +186,8 @@ def test_a_step_scales_the_mean_and_adds_beta(moment):
     near(q_step(-2.5, t, schedule)[0], -2.5 * scale)
 
 
-@given(images, st.lists(betas, min_size=1, max_size=20), st.data())
-def test_the_naive_diffuser_keeps_the_mean_and_piles_up_variance(x0, steps, data):
+@given(images, st.lists(betas, min_size=1, max_size=20))
+def test_the_naive_diffuser_keeps_the_mean_and_piles_up_variance(x0, steps):
     """V1: x_t = x_{t−1} + √β ε, fed one noise at a time: mean x_0, variance Σ β, without end."""
     def walked(noise):
         x = x0
@@ -618,7 +618,7 @@ def test_exact_reverse_kernels_leave_only_the_prior(schedule, data, m, s2):
 @given(schedules, st.lists(pixels, min_size=1, max_size=4).map(np.array))
 def test_L_T_is_the_expected_first_term(schedule, x0):
     """Ho (5), N2, V7: L_T = E_q [log q(x_T|x_0) − log p(x_T)], integrated on a grid;
-    its unit is bits per pixel.
+    and in bits per dimension.
     """
     expected = []
     for pixel in x0:
@@ -626,10 +626,11 @@ def test_L_T_is_the_expected_first_term(schedule, x0):
         x, dx = grid(mean, variance)
         log_q = log_normal(x, mean, variance)
         expected.append((np.exp(log_q) * (log_q - log_normal(x, 0, 1)) * dx).sum())
-    size = 10 + abs(math.log(schedule.one_minus_alpha_bar[schedule.T]))
-    near(posterior.L_T(x0, schedule), expected, condition=10, scale=size)
+    size = 10 + abs(math.log(variance))
+    condition = 10 + np.abs(x0).max() / math.sqrt(variance)                  # of x − mean
+    near(posterior.L_T(x0, schedule), expected, condition, scale=size)
     near(posterior.bits_per_dim(posterior.L_T(x0, schedule)),
-         sum(expected) / len(x0) / math.log(2), 10, scale=size)
+         sum(expected) / len(x0) / math.log(2), condition, scale=size)
 
 
 @given(st.floats(-1.5, 1.5), st.floats(1e-5, 1))
@@ -748,7 +749,7 @@ on_every_device = pytest.mark.parametrize("device", DEVICES)
 def near32(found: torch.Tensor, exact, condition=1.0):
     """As `near`, for float32: a few dozen roundings of 2⁻²⁴, relative to the largest value."""
     exact = np.asarray(exact)
-    np.testing.assert_allclose(found.detach().double().cpu().numpy(), exact, rtol=0,
+    np.testing.assert_allclose(found.detach().cpu().double().numpy(), exact, rtol=0,
                                atol=3e-6 * condition * max(np.abs(exact).max(), 1e-30))
 
 
@@ -814,7 +815,7 @@ def test_torch_loss_and_its_gradient_are_numpy_s(device):
     with torch.no_grad():
         eps_hat = net(torch.tensor(x_t, dtype=torch.float32, device=device),
                       torch.tensor(t, device=device), label)
-    eps_hat = eps_hat.double().cpu().numpy()
+    eps_hat = eps_hat.cpu().double().numpy()
     near32(loss, ddpm.l_simple(eps, eps_hat), condition=3)
     near32(outputs[0].grad, 2 * (eps_hat - eps) / eps.size, condition=3)
 
@@ -1103,16 +1104,12 @@ def test_dpm_is_exact_where_the_prediction_does_not_change(schedule, data):
          condition=100, scale=3)
 
 
-def gaussian_walk(step, schedule, times=None, s2=1.0, m=0.0, units=None, x_T=None):
-    """The last image of sample.walk with the exact ε* for N(m, s²) data, in float64."""
-    tables = Schedule(*map(torch.tensor, schedule))
-
-    def eps_theta(x_t, t):
-        return best_eps(x_t, t, m, s2, tables)
-    noises = iter(units if units is not None else [torch.zeros_like(x_T)] * 2000)
-    predict = sample.predict_with(eps_theta, tables, clip=False)
-    *_, x0 = sample.walk(predict, x_T if x_T is not None else next(noises), tables, step,
-                         lambda: next(noises))
+def gaussian_walk(step, schedule, s2, units):
+    """The last image of sample.walk with the exact ε* for N(0, s²) data, in float64."""
+    tables, noises = Schedule(*map(torch.tensor, schedule)), iter(units)
+    predict = sample.predict_with(lambda x_t, t: best_eps(x_t, t, 0.0, s2, tables), tables,
+                                  clip=False)
+    *_, x0 = sample.walk(predict, next(noises), tables, step, lambda: next(noises))
     return x0
 
 
@@ -1183,7 +1180,7 @@ def test_the_whole_walk_through_a_network_is_numpy_s(device, clip, variance, see
         with torch.no_grad():
             eps = net(torch.tensor(x_t, dtype=torch.float32, device=device),
                       torch.full((2,), t, device=device))
-        eps = eps.double().cpu().numpy()
+        eps = eps.cpu().double().numpy()
         if clip:
             x0 = np.clip(ddpm.x0_from_eps(x_t, t, eps, schedule), -1, 1)
             eps = ddpm.eps_from_x0(x_t, t, x0, schedule)

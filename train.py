@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import posterior
 from data import (DIGITS, Arguments, Progress, duration, load, refuse, reported, require_writable,
-                  sheet, split, to_bytes, to_pixels, whole_file, write_png)
+                  sheet, sound, split, to_bytes, to_pixels, whole_file, write_png)
 from sample import (autocast, build, choose_device, generate, load_network, on_device, q_sample,
                     read_checkpoint, schedule_of)
 from unet import UNet, parameters
@@ -37,8 +37,8 @@ COMMON = dict(schedule="linear", T=1000, beta_1=1e-4, beta_T=0.02, seed=0, drop_
 PRESETS = {
     # Found by measurement: the best digits after five minutes on two cores.
     "digits": dict(width=32, multipliers=(1, 2), blocks=1, attention=(7,), dropout=0.0, groups=4,
-                   patch=2, labels=True, flip=False, lr=4e-3, decay=True, beta2=0.99, warmup=100, batch=64,
-                   steps=3000, ema=0.999),
+                   patch=2, labels=True, flip=False, lr=4e-3, decay=True, beta2=0.99, warmup=100,
+                   batch=64, steps=3000, ema=0.999),
     # Ho et al. (2020), appendix B: without labels.
     "cifar10": dict(width=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1,
                     groups=32, patch=1, labels=False, flip=True, lr=2e-4, decay=False,
@@ -240,7 +240,8 @@ def save(run: Run):
     if run.device.type == "cuda":
         random["dropout_cuda"] = torch.cuda.get_rng_state(run.device)
     buffer = io.BytesIO()
-    torch.save(dict(config=run.config, step=run.step, net=run.net.state_dict(),
+    torch.save(dict(config=run.config, step=run.step, device=run.device.type,
+                    net=run.net.state_dict(),
                     ema=run.ema.state_dict(), optimizer=run.optimizer.state_dict(), random=random,
                     log=run.log, since=run.since), buffer)
     text = "step,loss\n" + "".join(f"{step},{loss!r}\n" for step, loss in run.log)
@@ -294,8 +295,9 @@ def evaluate(predict, config: dict, x0: Tensor, seed: int = 0, each: int = 32) -
         i = torch.randint(len(x0), (each,), device=x0.device, generator=generator)
         errors[t] = squared_error(i, t)[2]
         progress(f"the bound: t = {t} of {T}", last=t == T)
-    x_1, eps_hat, _ = squared_error(torch.arange(len(x0), device=x0.device), 1)
-    x_1, eps_hat, clean = (value.cpu().double().numpy() for value in (x_1, eps_hat, x0))
+    parts = [squared_error(i, 1)[:2] for i in torch.arange(len(x0), device=x0.device).split(each)]
+    x_1, eps_hat = (torch.cat(part).cpu().double().numpy() for part in zip(*parts))
+    clean = x0.cpu().double().numpy()
 
     l_T = posterior.L_T(clean, schedule).mean((1, 2, 3)) / np.log(2)
     found, t = {}, np.arange(2, T + 1)
@@ -371,11 +373,17 @@ def configuration(given: dict, images: np.ndarray, labels: np.ndarray | None) ->
                   labels=int(labels.max()) + 1 if train["labels"] and labels is not None else 0),
         schedule=dict(kind=train["schedule"], **{name: train[name] for name in betas}),
         shape=[channels, height, width], float32=train["float32"], train=train,
-        images=[len(images), zlib.crc32(np.ascontiguousarray(images[:1000]).tobytes())])
+        images=fingerprint(images, labels))
     schedule_of(config)
     with torch.device("meta"):
         UNet(**config["unet"]).check_size(height, width)
     return config
+
+
+def fingerprint(images: np.ndarray, labels: np.ndarray | None) -> list:
+    """Tells one data set from another: their number, a checksum of the first and the labels."""
+    first = zlib.crc32(np.ascontiguousarray(images[:1000]).tobytes())
+    return [len(images), first if labels is None else zlib.crc32(labels.tobytes(), first)]
 
 
 def start(config: dict, device: torch.device, out: Path, rank: int, world: int,
@@ -397,28 +405,36 @@ def start(config: dict, device: torch.device, out: Path, rank: int, world: int,
               since=torch.zeros((), device=device))
     torch.manual_seed(settings["seed"] + rank)               # dropout differs from rank to rank
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        random = checkpoint["random"]
-        run.choice.set_state(random["choice"])
-        run.noise.set_state(random["noise"])
-        if rank == 0:
-            torch.set_rng_state(random["dropout"])
-            if "dropout_cuda" in random and device.type == "cuda":
-                torch.cuda.set_rng_state(random["dropout_cuda"], device)
-        run.step, run.log = checkpoint["step"], checkpoint["log"]
-        run.since = checkpoint["since"].to(device)
+        with sound(out / "checkpoint.pt", "the checkpoint of a run"):
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            random = checkpoint["random"]
+            run.choice.set_state(random["choice"])
+            run.noise.set_state(random["noise"])
+            if rank == 0:
+                torch.set_rng_state(random["dropout"])
+                if device.type == "cuda":
+                    torch.cuda.set_rng_state(random["dropout_cuda"], device)
+            run.step, run.log = checkpoint["step"], checkpoint["log"]
+            run.since = checkpoint["since"].to(device)
     return run
 
 
-def resumed(given: dict, out: Path) -> dict:
+def resumed(given: dict, out: Path, device: torch.device) -> dict:
     """The checkpoint to go on from; refuses a setting that would make it another run."""
     path = out / "checkpoint.pt"
     if not path.exists():
         raise ValueError(f"{path} is not there: start without --resume")
     checkpoint = read_checkpoint(path)
-    stored = checkpoint["config"].get("train")
-    if not stored or "net" not in checkpoint:
+    if "net" not in checkpoint:
         raise ValueError(f"{path} holds no training run, only a trained network")
+    with sound(path, "the checkpoint of a run"):
+        stored = checkpoint["config"]["train"]
+        configured = COMMON | PRESETS[stored["preset"]]
+        if not all(name in stored or name in NETWORK for name in configured):
+            raise ValueError("it lacks some settings")
+        checkpoint["device"], checkpoint["config"]["images"], stored["data"]
+    if checkpoint["device"] != device.type:
+        raise ValueError(f"{path} began on {checkpoint['device']}: go on there with --device")
     fixed = {name: value for name, value in given.items() if name not in ("steps", "data")}
     differ = [f"--{name.replace('_', '-')} was {stored[name]}, now {value}"
               for name, value in fixed.items() if stored[name] != value]
@@ -447,7 +463,7 @@ def announce(run: Run, images: np.ndarray, held_out: np.ndarray):
     print(f"network   {parameters(run.net):,} parameters")
     print(f"schedule  {settings['schedule']}, T = {schedule.T}: L_T = {l_T:.3g} bits/dim ({noise})")
     print(f"loss      1 knows nothing (ε_θ = 0); {schedule.alpha_bar[1:].mean():.4f} is the least "
-          "for pixels\n          without structure; images come lower, and 0 is out of reach\n")
+          "for N(0, 1)\n          pixels; images come lower, and 0 is out of reach\n")
 
 
 def chart(log: list, width: int = 72, height: int = 8) -> str:
@@ -466,16 +482,16 @@ def prepare(args, given: dict, rank: int, world: int):
     """All that a user can get wrong is checked here, before anything is written."""
     device = choose_device(args.device)
     if device.type == "cuda" and world > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
-    checkpoint = resumed(given, args.out) if args.resume else None
+    checkpoint = resumed(given, args.out, device) if args.resume else None
     if not args.resume and (args.out / "checkpoint.pt").exists():
         raise ValueError(f"{args.out / 'checkpoint.pt'} is there already: go on with --resume, "
                          "or begin another run with another --out")
     path = given.get("data") or (checkpoint["config"]["train"]["data"] if checkpoint else DIGITS)
     images, labels = load(path)
     config = checkpoint["config"] if checkpoint else configuration(given, images, labels)
-    if checkpoint and configuration(config["train"], images, labels)["images"] != config["images"]:
+    if checkpoint and fingerprint(images, labels) != config["images"]:
         raise ValueError(f"{path} holds other images than those the run began with: "
                          "name them with --data")
     if config["train"]["batch"] % world:
@@ -499,6 +515,9 @@ def bound_of(args, given: dict):
         raise ValueError(f"{len(held_out)} images of {held_out.shape[1:]} are held out: needed are "
                          f"two or more like those of the run, {config['shape']}")
     x0 = to_pixels(torch.from_numpy(np.array(held_out)).to(device)).permute(0, 3, 1, 2)
+    if net.labels and (labels is None or labels.max() >= net.labels):
+        raise ValueError(f"the network was trained with labels 0 .. {net.labels - 1}; "
+                         "--data has others")
     label = torch.from_numpy(split(labels)[1][:1000]).to(device) if net.labels else None
     print(f"{path} on {device}: {len(x0)} held-out images")
 
@@ -513,7 +532,7 @@ def lock(out: Path):
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise ValueError(f"another run is writing to {out}: name another --out") from None
     return file
 
@@ -533,7 +552,7 @@ def main():
         if args.evaluate:
             return bound_of(args, given)
         run, images, labels, held_out = prepare(args, given, rank, world)
-        held = lock(args.out) if rank == 0 else None
+        held = lock(args.out) if rank == 0 else None          # for as long as the name lives
     if world > 1:
         dist.init_process_group("nccl" if run.device.type == "cuda" else "gloo")
     if rank == 0:
