@@ -38,7 +38,7 @@ PRESETS = {
     # Found by measurement: the best digits after five minutes on two cores.
     "digits": dict(width=32, multipliers=(1, 2), blocks=1, attention=(7,), dropout=0.0, groups=4,
                    patch=2, labels=True, flip=False, lr=4e-3, decay=True, beta2=0.99, warmup=100,
-                   batch=64, steps=2500, ema=0.999),
+                   batch=64, steps=2200, ema=0.999),
     # Ho et al. (2020), appendix B: without labels.
     "cifar10": dict(width=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1,
                     groups=32, patch=1, labels=False, flip=True, lr=2e-4, decay=False,
