@@ -25,6 +25,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import data
+import ddpm
+import posterior
 import sample
 import train
 from unet import UNet
@@ -213,7 +215,10 @@ def test_the_bound_is_printed(trained, tiny, call):
         if line.startswith("beta"):
             values = [float(word) for word in line.replace("±", " ").split()[1:]]
             assert (values[6] == pytest.approx(values[0] + values[2] + values[4], abs=1e-3)
-                    and values[6] > 0)
+                    and 0 < values[6] < 200)
+            x0 = data.to_pixels(data.split(data.load(tiny)[0])[1].astype(float))
+            exact = posterior.bits_per_dim(posterior.L_T(x0, ddpm.linear(20, 1e-4, 0.5)))
+            assert values[0] == pytest.approx(exact, abs=1e-5)
     assert "beta_tilde" in text and (trained[0] / "checkpoint.pt").read_bytes() == before
 
 
