@@ -845,6 +845,12 @@ def test_t_is_drawn_from_1_to_T(count, T, seed):
                   <= 0.5 / T + 0.5 / count + 1e-6)
 
 
+def test_the_largest_uniform_is_still_a_time(monkeypatch):
+    """Ho Algorithm 1 line 3: u may round up to 1 in float32, and t = T + 1 is in no table."""
+    monkeypatch.setattr(torch, "rand", lambda n, **options: torch.full((n,), 1 - 2.0 ** -24))
+    assert train.draw_t(64, 1000, torch.Generator())[-1] == 1000
+
+
 def test_every_t_is_equally_likely():
     """Ho Algorithm 1 line 3: 20,000 draws of 1..10 in batches of 3:
     each about a tenth (6 standard errors).
@@ -1252,6 +1258,16 @@ def test_guidance_is_the_line_through_two_predictions(device):
         condition=100)
 
 
+def test_guidance_costs_twice_only_where_it_needs_both():
+    """CFG: s = 0, s = 1 and no labels at all see each image once, any other s sees it twice."""
+    x_t, t, label, seen = torch.zeros(3, 1, 8, 8), torch.ones(3), torch.tensor([0, 1, 2]), []
+    for net, labels in ((small_unet(), label), (small_unet(labels=0), None)):
+        net.register_forward_hook(lambda net, inputs, eps: seen.append(len(eps)))
+        for s in (0.0, 1.0, 2.0):
+            sample.guided(net, x_t, t, labels, s)
+    assert seen == [3, 3, 6, 3, 3, 3]
+
+
 @pytest.mark.parametrize("resample", [1, 3])
 def test_inpainting_keeps_what_is_known(resample):
     """RePaint: known pixels follow q(x_{t−1}|x_0) with its variance at every step,
@@ -1270,22 +1286,42 @@ def test_inpainting_keeps_what_is_known(resample):
         assert abs(z.mean()) < 5 / math.sqrt(count) and abs(z.var() - 1) < 5 * math.sqrt(2 / count)
 
 
+@pytest.mark.parametrize("step", [sample.ddpm_step, sample.ddim_step, sample.dpm_step])
+@given(schedule=mild, data=st.data())
+def test_where_nothing_is_known_repaint_is_the_plain_step(step, schedule, data):
+    """RePaint: the unknown pixels are a step of the sampler around which it is wrapped."""
+    t = data.draw(st.integers(1, schedule.T))
+    _, (x_t, eps, x0, before, z) = step_arguments(schedule, t)
+    tables, nothing = sample.on_device(schedule, "cpu"), torch.zeros(x_t.shape[2:]).bool()
+    before = before if t < schedule.T else None
+    found = sample.repaint_step(x_t, t, eps, x0, before, z, tables, step, None,
+                                lambda: torch.ones_like(x_t), known=x0, keep=nothing)
+    assert torch.equal(found, step(x_t, t, eps, x0, before, z, tables))
+
+
 def test_resampling_goes_back_by_the_forward_step():
-    """RePaint, Ho (2): between rounds x_t is a draw from q(x_t|x_{t−1}), with this step's β_t."""
-    schedule = schedule_of([0.1, 0.36, 0.2])
-    tables, seen = sample.on_device(schedule, "cpu"), []
-    x_prev, noises = (torch.full((1, 1, 2, 2), 2.0),
-                      iter([torch.full((1, 1, 2, 2), float(i)) for i in range(1, 9)]))
+    """RePaint, Ho (2): between rounds x_t is a draw from q(x_t|x_{t−1}), with this step's β_t, and
+    the network sees it anew; from x_0 there is no way back.
+    """
+    def image(value):
+        return torch.full((1, 1, 2, 2), value)
+
+    def step(*arguments):
+        walked.append([float(a.mean()) if torch.is_tensor(a) else a for a in arguments[:6]])
+        return image(2.0)
 
     def predict(x_t, t):
-        seen.append(x_t)
-        return x_t, x_t
-    sample.repaint_step(x_prev, 2, x_prev, x_prev, None, None, tables, lambda x_t, *_: x_prev,
-                        predict, lambda: next(noises), known=x_prev,
-                        keep=torch.zeros(2, 2, dtype=torch.bool), resample=2)
-    # √0.64 x_{t−1} + √0.36 · second noise
-    near32(seen[0], np.full((1, 1, 2, 2), 0.8 * 2.0 + 0.6 * 2.0))
-    assert len(seen) == 1
+        return x_t + 10, x_t + 20
+    tables = sample.on_device(schedule_of([0.1, 0.36, 0.2]), "cpu")
+    for t, rounds in ((2, [[-1.0, 2, -2.0, -3.0, -4.0, -5.0],
+                           # √0.64 x_{t−1} + √0.36 · second noise; the third is the z of this step
+                           [2.8, 2, 12.8, 22.8, -4.0, 3.0]]),
+                      (1, [[-1.0, 1, -2.0, -3.0, -4.0, -5.0]] * 2)):
+        walked, noises = [], iter(map(image, [1.0, 2.0, 3.0, 4.0]))
+        sample.repaint_step(image(-1.0), t, image(-2.0), image(-3.0), image(-4.0), image(-5.0),
+                            tables, step, predict, lambda: next(noises), known=image(0.0),
+                            keep=torch.zeros(2, 2, dtype=torch.bool), resample=2)
+        np.testing.assert_allclose(walked, rounds, rtol=1e-6)
 
 
 def test_every_image_has_its_own_noise():
