@@ -8,6 +8,7 @@ device that is here.
 `pytest` takes the same examples each time; `pytest --hypothesis-profile=deep` hunts with thousands.
 """
 import math
+import statistics
 from fractions import Fraction
 
 import numpy as np
@@ -1240,6 +1241,25 @@ def test_any_number_of_steps_calls_the_network_that_often(sampler, T, data):
     assert called[0] == T - 1                     # published networks count from 0
 
 
+def test_every_image_keeps_its_label_in_full_sixteens():
+    """CFG, determinism: the network sees whole sixteens, image k of them with label k."""
+    class Spy(nn.Module):
+        labels = 5
+
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x_t, t, label):
+            seen.append((len(x_t), len(t), label.tolist()))
+            return self.factor * x_t
+    for count in (1, 16, 17, 32):
+        seen, label = [], torch.arange(count) % 5
+        list(sample.generate(Spy(), CONFIG, range(count), steps=2, label=label))
+        full = 16 if count <= 16 else 32
+        assert [(a, b, c[:count]) for a, b, c in seen] == [(full, full, label.tolist())] * 2
+
+
 @on_every_device
 def test_guidance_is_the_line_through_two_predictions(device):
     """CFG: s = 0 is unconditional, s = 1 conditional, all on a line; guiding ε is guiding x̂_0."""
@@ -1372,3 +1392,50 @@ def test_the_estimated_bound_is_the_closed_form_on_gaussian_data():
         expected = (true / sigma2[1] / 2 + 0.5 * math.log(2 * math.pi * sigma2[1])
                     + math.log(127.5)) / math.log(2)
         assert 0 < error < 0.05 and abs(mean - expected) < 5 * error + 0.01
+
+
+def known_errors(delta, schedule, x0):
+    """A network that sees x_0 and whose ε is off by delta[i] on image i, and the calls of it."""
+    calls = []
+
+    def predict(x_t, t, i):
+        assert len(t) == len(i) == len(x_t)
+        calls.append((t[0].item(), i.tolist()))
+        ab = schedule.alpha_bar[calls[-1][0]]
+        return (x_t - math.sqrt(ab) * x0[i]) / math.sqrt(1 - ab) + delta[i].reshape(-1, 1, 1, 1)
+    return predict, calls
+
+
+def test_the_estimated_bound_is_exact_for_a_network_off_by_a_constant():
+    """Ho (5, 12, 13): no noise is left in the estimate where every image has the same error."""
+    config, schedule = dict(schedule=dict(kind="linear", T=6, beta_1=0.05, beta_T=0.6)), linear(
+        6, 0.05, 0.6)
+    x0 = (torch.arange(3 * 2 * 2) * 20).float().reshape(3, 1, 2, 2) / 127.5 - 1
+    predict, calls = known_errors(torch.full((3,), 0.3), schedule, x0)
+    found = train.evaluate(predict, config, x0, each=2)
+    assert [t for t, _ in calls] == [2, 3, 4, 5, 6, 1, 1]
+    assert [i for t, i in calls if t == 1] == [[0, 1], [2]] and len(calls[0][1]) == 2
+    for variance, terms in found.items():
+        sigma2, matching = posterior.reverse_variance(variance, schedule), 0.0
+        for t in range(2, 7):
+            off = 0.3 * reverse_mean(0.0, 1.0, t, schedule)
+            matching += kl(0.0, beta_tilde(t, schedule), off, sigma2[t]) / math.log(2)
+        assert terms["L_{t-1}"] == pytest.approx((matching, 0), rel=1e-5, abs=1e-5)
+        clean = x0.double().numpy()
+        mean = clean + 0.3 * reverse_mean(0.0, 1.0, 1, schedule)
+        each = [posterior.bits_per_dim(image) for image in posterior.L_0(clean, mean, sigma2[1])]
+        assert terms["L_0"] == pytest.approx(
+            (sum(each) / 3, statistics.stdev(each) / math.sqrt(3)), rel=1e-4)
+        assert terms["L_T"] == (posterior.bits_per_dim(posterior.L_T(clean, schedule)), 0)
+
+
+def test_the_stated_error_is_the_spread_of_the_estimates():
+    """Ho (5): over 300 seeds Σ L_{t−1} scatters as much as its error says (5 standard errors)."""
+    config, schedule = dict(schedule=dict(kind="linear", T=3, beta_1=0.1, beta_T=0.2)), linear(
+        3, 0.1, 0.2)
+    x0 = torch.zeros(8, 1, 1, 1)
+    predict, _ = known_errors(torch.linspace(0.1, 3, 8), schedule, x0)
+    found = [train.evaluate(predict, config, x0, seed, each=16) for seed in range(300)]
+    for variance in ("beta", "beta_tilde"):
+        means, errors = zip(*(terms[variance]["L_{t-1}"] for terms in found))
+        assert statistics.stdev(means) == pytest.approx(np.mean(errors), rel=5 / math.sqrt(600))

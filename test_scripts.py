@@ -210,7 +210,7 @@ def test_the_bound_is_printed(trained, tiny, call):
     before = (trained[0] / "checkpoint.pt").read_bytes()
     status, text, errors = call(train, "--evaluate", "--out", trained[0], "--data", tiny,
                                 "--device", "cpu")
-    assert status == 0 and not errors
+    assert status == 0 and not errors and text.count("the bound: t = 20 of 20") == 1
     for line in text.splitlines():
         if line.startswith("beta"):
             values = [float(word) for word in line.replace("±", " ").split()[1:]]

@@ -299,7 +299,7 @@ def evaluate(predict, config: dict, x0: Tensor, seed: int = 0, each: int = 32) -
     x_1, eps_hat = (torch.cat(part).cpu().double().numpy() for part in zip(*parts))
     clean = x0.cpu().double().numpy()
 
-    l_T = posterior.L_T(clean, schedule).mean((1, 2, 3)) / np.log(2)
+    l_T = posterior.bits_per_dim(posterior.L_T(clean, schedule))
     found, t = {}, np.arange(2, T + 1)
     for variance in ("beta", "beta_tilde"):
         sigma2 = posterior.reverse_variance(variance, schedule)
@@ -309,7 +309,7 @@ def evaluate(predict, config: dict, x0: Tensor, seed: int = 0, each: int = 32) -
         l_0 = posterior.L_0(clean, posterior.reverse_mean(x_1, eps_hat, 1, schedule), sigma2[1])
         l_0 = l_0.mean((1, 2, 3)) / np.log(2)
         found[variance] = {
-            "L_T": (l_T.mean(), 0.0),
+            "L_T": (l_T, 0.0),
             "L_{t-1}": ((weight * errors[2:].mean(1) + constant).sum() / np.log(2),
                         np.sqrt((weight ** 2 * spread).sum()) / np.log(2)),
             "L_0": (l_0.mean(), l_0.std(ddof=1) / np.sqrt(len(l_0)))}
