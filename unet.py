@@ -118,7 +118,10 @@ class UNet(nn.Module):
         c_time, c, size = 4 * width, width, size // patch
 
         self.time = nn.Sequential(nn.Linear(width, c_time), nn.SiLU(), nn.Linear(c_time, c_time))
-        self.label = nn.Embedding(labels + 1, c_time) if labels else None
+        self.label = None
+        if labels:       # nn.Embedding(…) on "meta" would load torch's compiler: half a second more
+            table = torch.randn(labels + 1, c_time)
+            self.label = nn.Embedding.from_pretrained(table, freeze=False)
         self.conv_in = nn.Conv2d(channels * patch ** 2, c, 3, padding=1)
         skips = [c]
         self.down = nn.ModuleList()
