@@ -72,23 +72,22 @@ def ddim_step(x_t, t, eps, x0, before, z, schedule, eta=0.0):
     return schedule.alpha_bar[t - 1].sqrt() * x0 + (rest_next - sigma ** 2).sqrt() * eps + sigma * z
 
 
-def dpm_step(x_t, t, eps, x0, before, z, schedule):
+def dpm_step(x_t, t, eps, x0, before, z, schedule, eta=0.0):
     """x_{t−1} = σ_{t−1}/σ_t x_t − √ᾱ_{t−1} (e^{−h} − 1) D        DPM-Solver++(2M): Lu et al. (2022)
 
     σ = √(1−ᾱ), λ = ln(√ᾱ/σ), h = λ_{t−1} − λ_t, r = h_before/h, and from the two latest x̂_0
-    D = (1 + 1/(2r)) x̂_0 − 1/(2r) x̂_0 before.
+    D = (1 + 1/(2r)) x̂_0 − 1/(2r) x̂_0 before: x̂_0 as it would be half a step ahead.
+    That is DDIM's step with D for x̂_0, and so it is written; η = 1 gives the solver's SDE form.
     The first step knows no x̂_0 before its own, and the last ends at λ = ∞: there D = x̂_0.
     """
-    if t == 1:
-        return x0
     alpha_bar, sigma = schedule.alpha_bar, schedule.one_minus_alpha_bar.sqrt()
-    lambda_ = (alpha_bar.sqrt() / sigma).log()
-    h = lambda_[t - 1] - lambda_[t]
     D = x0
-    if before is not None:
-        r = (lambda_[t] - lambda_[t + 1]) / h
+    if before is not None and t > 1:
+        lambda_ = (alpha_bar.sqrt() / sigma).log()
+        r = (lambda_[t] - lambda_[t + 1]) / (lambda_[t - 1] - lambda_[t])
         D = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * before
-    return sigma[t - 1] / sigma[t] * x_t - alpha_bar[t - 1].sqrt() * torch.expm1(-h) * D
+    eps_D = (x_t - alpha_bar[t].sqrt() * D) / sigma[t]                                   # Ho (15)
+    return ddim_step(x_t, t, eps_D, D, None, z, schedule, eta)
 
 
 def repaint_step(x_t, t, eps, x0, before, z, schedule, step, predict, noise, known, keep,
@@ -302,6 +301,16 @@ def on_device(schedule: Schedule, device) -> Schedule:
     return Schedule(*(torch.tensor(table).to(torch.float32).to(device) for table in schedule))
 
 
+def times(T: int, steps: int) -> np.ndarray:
+    """τ_i = max(i, T (i/N)²), i = 0, …, N, in whole numbers    DDIM: Song et al. (2020), appendix D.2
+
+    Most of the N = steps stand where little noise is left, as the details come there.  No two are
+    the same, and N = T takes them all.
+    """
+    i = np.arange(steps + 1)
+    return np.maximum(i, np.rint(T * (i / steps) ** 2).astype(int))
+
+
 def noise_of(seed: int, numbers: range, shape: tuple, device):
     """A function that draws z ~ N(0, I), (len(numbers), *shape).
 
@@ -322,27 +331,28 @@ def generate(net: UNet, config: dict, numbers: range, seed: int = 0, sampler: st
              keep: Tensor | None = None, resample: int = 1) -> Iterator[Tensor]:
     """Walk the images `numbers` from x_T to x_0; yields each x_t (B, C, H, W)          Algorithm 2
 
-    steps: 1..T calls of the network, T if None, at times spread evenly from T to 0.
+    steps: 1..T calls of the network, T if None, at the `times` above.
     """
     device = next(net.parameters()).device
     full = schedule_of(config)
-    times = np.rint(np.linspace(0, full.T, (steps or full.T) + 1)).astype(int)
-    schedule = on_device(ddpm.respaced(full, times), device)
-    times = times - (1 - config.get("first_t", 1))       # a published network counts from 0
+    tau = times(full.T, steps or full.T)
+    schedule = on_device(ddpm.respaced(full, tau), device)
+    tau = tau - (1 - config.get("first_t", 1))           # a published network counts from 0
     noise = noise_of(seed, numbers, tuple(config["shape"]), device)
 
     def eps_theta(x_t, t):
         # Kernels choose their order of summation by the batch's size, below 16 most of all: in full
         # sixteens a picture does not depend on how many others are drawn with it.
         every = torch.arange(-(-len(x_t) // 16) * 16, device=device).clamp(max=len(x_t) - 1)
-        time_t = torch.full((len(every),), int(times[t]), device=device)
+        time_t = torch.full((len(every),), int(tau[t]), device=device)
         with autocast(device, config["float32"]):
             eps = guided(net, x_t[every], time_t, None if label is None else label[every], guidance)
         return eps[:len(x_t)]
 
     predict = predict_with(eps_theta, schedule, clip)
     step = {"ddpm": functools.partial(ddpm_step, variance=variance),
-            "ddim": functools.partial(ddim_step, eta=eta), "dpm": dpm_step}[sampler]
+            "ddim": functools.partial(ddim_step, eta=eta),
+            "dpm": functools.partial(dpm_step, eta=eta)}[sampler]
     if keep is not None:
         step = functools.partial(repaint_step, step=step, predict=predict, noise=noise, known=known,
                                  keep=keep, resample=resample)
@@ -362,7 +372,7 @@ def arguments() -> Arguments:
     add("--sampler", choices=("ddpm", "ddim", "dpm"), default="ddpm")
     add("--steps", type=int, help="calls of the network, 1 .. T; default T, and 20 for dpm")
     add("--variance", choices=("beta", "beta_tilde"), help="sigma_t^2 of ddpm (beta)")
-    add("--eta", type=float, help="noise of ddim: 0 (none, default) .. 1 (as ddpm)")
+    add("--eta", type=float, help="noise of ddim (0) and dpm (1): 0 (none) .. 1 (as ddpm)")
     add("--no-clip", action="store_true", help="let the predicted x0 leave [-1, 1]")
     add("--label", help="a class, or 'all' for every class in turn; default: classes at random")
     add("--guidance", type=float, default=1.0, help="0 ignores the label, 1 follows, more insists")
@@ -395,8 +405,10 @@ def check(args, net: UNet, config: dict):
         raise ValueError("--animate draws one batch into a .png: no --keep, and -n at most --batch")
     if args.variance and args.sampler != "ddpm":
         raise ValueError("--variance belongs to --sampler ddpm")
-    if args.eta is not None and not (args.sampler == "ddim" and 0 <= args.eta <= 1):
-        raise ValueError("--eta belongs to --sampler ddim and is 0 .. 1")
+    if args.eta is None:
+        args.eta = float(args.sampler == "dpm")
+    elif args.sampler == "ddpm" or not 0 <= args.eta <= 1:
+        raise ValueError("--eta belongs to --sampler ddim and dpm, and is 0 .. 1")
     if args.resample > 1 and not args.keep:
         raise ValueError("--resample belongs to --keep")
     if not net.labels and (args.label or args.guidance != 1):
@@ -457,7 +469,7 @@ def draw(args, net: UNet, config: dict, held_out: np.ndarray | None):
             known = to_pixels(images.to(device)).permute(0, 3, 1, 2)
             keep = torch.from_numpy(mask(args.keep, *config["shape"][1:])).to(device)
         steps = generate(net, config, numbers, args.seed, args.sampler, args.steps,
-                         args.variance or "beta", args.eta or 0.0, not args.no_clip, label,
+                         args.variance or "beta", args.eta, not args.no_clip, label,
                          args.guidance, known, keep, args.resample)
         for k, x_t in enumerate(steps):
             spent, done = time.monotonic() - start, (first + len(numbers) * k / args.steps) / total

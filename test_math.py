@@ -1083,6 +1083,29 @@ def test_ddim_keeps_the_marginal_for_any_eta(schedule, data, eta):
     near(found[1] ** 2, eta ** 2 * (beta_tilde(t, schedule)), scale=1e-3)
 
 
+@on_every_device
+@given(schedule=st.lists(st.floats(0.001, 0.7), min_size=3, max_size=6).map(schedule_of),
+       data=st.data())
+def test_dpm_is_its_published_formula_and_with_eta_1_a_posterior_draw(device, schedule, data):
+    """DPM: D looks half a step of λ ahead; the step in h = Δλ; η = 1: a draw from q(x_{t−1}|x_t, D).
+    """
+    t = data.draw(st.integers(2, schedule.T - 1))
+    (x_t, eps, x0, before, z), (x_t32, eps32, x0_32, before32, z32) = step_arguments(
+        schedule, t, device)
+    past, now, ahead = (math.log(ddpm.snr(u, schedule)) / 2 for u in (t + 1, t, t - 1))
+    D = x0 + (x0 - before) * ((ahead - now) / 2) / (now - past)
+    (scale, variance), (_, variance_t) = (q_marginal(1.0, u, schedule) for u in (t - 1, t))
+    exact = (math.sqrt(variance / variance_t) * x_t - scale * math.expm1(now - ahead) * D,
+             draw(*posterior.posterior(x_t, D, t, schedule), z))
+    # r is a quotient of differences of λ, and D magnifies its rounding
+    digits_lost = max(abs(past), abs(ahead), 1) / min(ahead - now, now - past)
+    condition = 10 + np.abs(D - x0).max() / np.abs(D).max() * digits_lost
+    for eta, result in zip((0.0, 1.0), exact):
+        found = sample.dpm_step(x_t32, t, eps32, x0_32, before32, z32,
+                                sample.on_device(schedule, device), eta)
+        near32(found, result, condition)
+
+
 @given(schedule=mild, data=st.data())
 def test_the_first_dpm_step_is_ddim(schedule, data):
     """DPM: with no x̂_0 before, and in the last step, DPM-Solver++ is DDIM with η = 0."""
@@ -1104,7 +1127,8 @@ def test_dpm_is_exact_where_the_prediction_does_not_change(schedule, data):
     tables = Schedule(*map(torch.tensor, schedule))
     x_t, x0 = (torch.tensor([0.3, -1.2], dtype=torch.float64),
                torch.tensor([0.5, 0.25], dtype=torch.float64))
-    found = sample.dpm_step(x_t, t, None, x0, x0 if t < schedule.T else None, None, tables)
+    before = x0 if t < schedule.T else None
+    found = sample.dpm_step(x_t, t, None, x0, before, torch.zeros(2), tables)
     (mean, variance), (mean_prev, variance_prev) = (q_marginal(x0.numpy(), u, schedule)
                                                     for u in (t, t - 1))
     near(found.numpy(), mean_prev + math.sqrt(variance_prev / variance) * (x_t.numpy() - mean),
@@ -1209,6 +1233,19 @@ def test_clipping_changes_the_mean_it_claims_to_change():
         mean = sample.ddpm_step(x_t, 900, eps, x0, None, torch.zeros_like(x_t), tables)
         near32(mean, posterior.posterior(x_t.numpy(), x0.numpy().astype(float), 900, PAPER)[0],
                condition=10)
+
+
+@given(st.integers(1, 1000), st.data())
+@example(1, None)
+@example(1000, None)
+def test_the_times_are_distinct_and_go_from_0_to_T(T, data):
+    """DDIM: N steps stand at N different times for any N ≤ T, evenly in √t where there is room."""
+    steps = data.draw(st.integers(1, T)) if data else T
+    tau = sample.times(T, steps)
+    assert tau[0] == 0 and tau[-1] == T and len(tau) == steps + 1 and np.all(np.diff(tau) >= 1)
+    for i, t in enumerate(tau.tolist()):
+        assert t == i or abs(t - Fraction(T * i * i, steps * steps)) <= Fraction(1, 2)
+    assert sample.times(1000, 10).tolist() == [0, 10, 40, 90, 160, 250, 360, 490, 640, 810, 1000]
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])

@@ -117,7 +117,7 @@ def train(run: "Run", images: np.ndarray, labels: np.ndarray | None, compile: bo
         stop = watch(loss)                                             # 6: until converged
         if run.step % every == 0:
             save(run)
-            picture(run, f"step-{run.step:06}.png", "dpm", steps=20)
+            picture(run, f"step-{run.step:06}.png")
     if run.step % every:
         save(run)
     return stop
@@ -261,13 +261,13 @@ def share(run: Run):
         torch.save(dict(config=config, step=run.step, ema=ema), file)
 
 
-def picture(run: Run, name: str, sampler: str, steps: int):
+def picture(run: Run, name: str):
     """A sheet of 100 images that the averaged network draws, a row or more for each label."""
     if run.rank == 0:
         labels = run.config["unet"]["labels"]
         label = torch.arange(100, device=run.device) * labels // 100 if labels else None
-        *_, x0 = generate(run.ema, run.config, range(100), sampler=sampler, label=label,
-                          steps=min(steps, run.config["schedule"]["T"]))
+        *_, x0 = generate(run.ema, run.config, range(100), sampler="dpm", eta=1.0, label=label,
+                          steps=min(20, run.config["schedule"]["T"]))
         write_png(run.out / name, sheet(to_bytes(x0.permute(0, 2, 3, 1).cpu().numpy()), columns=10))
 
 
@@ -561,7 +561,7 @@ def main():
         stopped = train(run, images, labels, args.compile)
         if rank == 0 and not stopped:
             share(run)
-            picture(run, "samples.png", "ddpm", steps=200)
+            picture(run, "samples.png")
     if world > 1:
         dist.destroy_process_group()
     if rank == 0 and stopped:
