@@ -97,9 +97,10 @@ def repaint_step(x_t, t, eps, x0, before, z, schedule, step, predict, noise, kno
     A step around a step: the known pixels (keep = 1) come from the forward process, the others from
     `step`.  resample > 1 goes back to x_t by Ho (2) and walks again, so that the two parts agree.
     Lugmayr et al. (2022), arXiv:2201.09865, with the index and the root that its line 5 lacks.
+    The x̂_0 before is of another path, as the known pixels are drawn anew: `step` does not get it.
     """
     for again in reversed(range(resample)):
-        x_prev = step(x_t, t, eps, x0, before, z, schedule)
+        x_prev = step(x_t, t, eps, x0, None, z, schedule)
         x_prev = torch.where(keep, q_sample(known, t - 1, noise(), schedule), x_prev)
         if again and t > 1:
             x_t = schedule.alpha[t].sqrt() * x_prev + schedule.beta[t].sqrt() * noise()

@@ -1346,14 +1346,15 @@ def test_inpainting_keeps_what_is_known(resample):
 @pytest.mark.parametrize("step", [sample.ddpm_step, sample.ddim_step, sample.dpm_step])
 @given(schedule=mild, data=st.data())
 def test_where_nothing_is_known_repaint_is_the_plain_step(step, schedule, data):
-    """RePaint: the unknown pixels are a step of the sampler around which it is wrapped."""
+    """RePaint: the unknown pixels are a step of the sampler inside, without x̂_0 before: that one
+    is of another path.
+    """
     t = data.draw(st.integers(1, schedule.T))
     _, (x_t, eps, x0, before, z) = step_arguments(schedule, t)
     tables, nothing = sample.on_device(schedule, "cpu"), torch.zeros(x_t.shape[2:]).bool()
-    before = before if t < schedule.T else None
     found = sample.repaint_step(x_t, t, eps, x0, before, z, tables, step, None,
                                 lambda: torch.ones_like(x_t), known=x0, keep=nothing)
-    assert torch.equal(found, step(x_t, t, eps, x0, before, z, tables))
+    assert torch.equal(found, step(x_t, t, eps, x0, None, z, tables))
 
 
 def test_resampling_goes_back_by_the_forward_step():
@@ -1363,17 +1364,18 @@ def test_resampling_goes_back_by_the_forward_step():
     def image(value):
         return torch.full((1, 1, 2, 2), value)
 
-    def step(*arguments):
-        walked.append([float(a.mean()) if torch.is_tensor(a) else a for a in arguments[:6]])
+    def step(x_t, t, eps, x0, before, z, schedule):
+        assert before is None
+        walked.append([t, *(float(a.mean()) for a in (x_t, eps, x0, z))])
         return image(2.0)
 
     def predict(x_t, t):
         return x_t + 10, x_t + 20
     tables = sample.on_device(schedule_of([0.1, 0.36, 0.2]), "cpu")
-    for t, rounds in ((2, [[-1.0, 2, -2.0, -3.0, -4.0, -5.0],
+    for t, rounds in ((2, [[2, -1.0, -2.0, -3.0, -5.0],
                            # √0.64 x_{t−1} + √0.36 · second noise; the third is the z of this step
-                           [2.8, 2, 12.8, 22.8, -4.0, 3.0]]),
-                      (1, [[-1.0, 1, -2.0, -3.0, -4.0, -5.0]] * 2)):
+                           [2, 2.8, 12.8, 22.8, 3.0]]),
+                      (1, [[1, -1.0, -2.0, -3.0, -5.0]] * 2)):
         walked, noises = [], iter(map(image, [1.0, 2.0, 3.0, 4.0]))
         sample.repaint_step(image(-1.0), t, image(-2.0), image(-3.0), image(-4.0), image(-5.0),
                             tables, step, predict, lambda: next(noises), known=image(0.0),
