@@ -45,7 +45,8 @@ def load(path: str | Path = DIGITS) -> tuple[np.ndarray, np.ndarray | None]:
 
     path: an .npz or .npy of uint8 images N x H x W or N x H x W x C (labels: a second array of N
     whole numbers, as integers, in the .npz); an IDX file, plain or gzipped, its labels beside it
-    under the authors' name; or a folder that holds one such training set.
+    under the authors' name; or a folder that holds one such training set.  Labels that leave out
+    numbers are numbered anew from 0, in order: a of EMNIST's letters, there 1, is 0.
     Plain .npy and IDX files are memory-mapped.  Raises ValueError or OSError, saying what to mend.
     """
     path = Path(path)
@@ -57,9 +58,9 @@ def load(path: str | Path = DIGITS) -> tuple[np.ndarray, np.ndarray | None]:
         arrays = [_read_npy(path)]
     else:
         arrays = [_read_idx(path)]
-        labels = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
-        if labels != path and labels.exists():
-            arrays.append(_read_idx(labels))
+        name = path.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
+        beside = [path.with_name(name), path.with_name(name + ".gz")]
+        arrays += [_read_idx(labels) for labels in beside if labels.exists() and labels != path][:1]
 
     images = next((a for a in arrays if a.dtype == np.uint8 and a.ndim in (3, 4)), None)
     if images is None:
@@ -80,7 +81,7 @@ def load(path: str | Path = DIGITS) -> tuple[np.ndarray, np.ndarray | None]:
     if labels.min() < 0 or labels.max() > 9999:
         raise ValueError(f"{path}: labels must be 0, 1, 2, ..., "
                          f"not {labels.min()} .. {labels.max()}")
-    return images, labels.astype(np.int64)
+    return images, np.unique(labels, return_inverse=True)[1]
 
 
 def split(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -307,6 +308,8 @@ def main():
     args = parser.parse_args()
     if args.n < 1:
         parser.error(f"-n must be at least 1, not {args.n}")
+    if not args.out.endswith((".png", ".npz")):
+        parser.error(f"--out must end in .png or .npz, not {args.out!r}")
     with reported():
         images, labels = load(args.path)
         print(f"{args.path}: {len(images)} images of {'x'.join(map(str, images.shape[1:]))}, "

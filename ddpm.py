@@ -1,8 +1,8 @@
 """The forward process: how an image becomes noise.                              N1–N3, N5–N7, V1–V5
 
-The reference, in NumPy and float64.  Every function is one equation of Ho, Jain, Abbeel, "Denoising
-Diffusion Probabilistic Models" (arXiv:2006.11239), in its symbols; `grep -n "Ho (4)" *.py` finds an
-equation here and in the tests.  N is Nair's article, V is Vizuara's (README.md has both in full).
+The reference, in NumPy and float64.  Ho is Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic
+Models" (arXiv:2006.11239), N is Nair's article, V is Vizuara's (README.md has them in full).  Each
+equation is one function, in Ho's symbols; `grep -nE "Ho.*[( ]4[,)]" *.py` finds (4) and its tests.
 
 Time runs t = 1..T and index 0 is the clean image.  Pixels live in [-1, 1].  Images have any one
 shape; t is an integer, or, in formulas without a loop, an array that broadcasts.
@@ -150,8 +150,8 @@ def q_between(x_s, s, t, schedule):
 
     s <= t: 0..T.  Returns (mean, variance).  s = 0 is Ho (4) and s = t−1 is Ho (2).
     """
-    ratio = exp(np.sum(log1p(-schedule.beta[s + 1:t + 1])))
-    return sqrt(ratio) * x_s, -expm1(np.sum(log1p(-schedule.beta[s + 1:t + 1])))
+    log_ratio = np.sum(log1p(-schedule.beta[s + 1:t + 1]))
+    return exp(log_ratio / 2) * x_s, -expm1(log_ratio)
 
 
 def variance_at(t, variance_0, schedule):
@@ -208,7 +208,7 @@ def main():
 
     print("The letter T, pixels -1 and 1; ink and paper are the mean pixel of each.\n")
     print("            naive: x + √β ε  (V1)      scaled: √(1−β) x + √β ε  (V2, Ho 2)")
-    print("    t      ink   paper   variance        ink   paper   variance   SNR (Ho 4)")
+    print("    t      ink   paper   variance        ink   paper   variance   SNR   (V4)")
     for t in range(schedule.T + 1):
         if t > 0:
             eps = rng.standard_normal(letter.shape)
@@ -223,7 +223,7 @@ def main():
     with reported():
         write_png("out/letter.png", sheet(np.array(strips[0] + strips[1]), columns=len(shown)))
     print("\nnaive: the letter stays, under ever more noise; "
-          "scaled: the letter goes, the variance stays near 1")
+          "scaled: the letter goes, the variance tends to 1")
     print("drawn: out/letter.png, naive above, scaled below; next: python posterior.py")
 
 

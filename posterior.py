@@ -206,7 +206,7 @@ def bits_per_dim(nats_per_pixel):
 # ── The score ─────────────────────────────────────────────────────────────────────────────────────
 
 def score(eps, t, schedule: Schedule):
-    """∇ log q(x_t) = −E[ε | x_t] / √(1−ᾱ_t): the best ε_θ points uphill in density.        score"""
+    """∇ log q(x_t) = −E[ε | x_t] / √(1−ᾱ_t): the best ε_θ points down the density.         score"""
     return -eps / sqrt(schedule.one_minus_alpha_bar[t])
 
 

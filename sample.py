@@ -69,7 +69,8 @@ def ddim_step(x_t, t, eps, x0, before, z, schedule, eta=0.0):
     """
     rest, rest_next = schedule.one_minus_alpha_bar[t], schedule.one_minus_alpha_bar[t - 1]
     sigma = eta * (rest_next / rest).sqrt() * schedule.beta[t].sqrt()        # 1 − ᾱ_t/ᾱ_{t−1} = β_t
-    return schedule.alpha_bar[t - 1].sqrt() * x0 + (rest_next - sigma ** 2).sqrt() * eps + sigma * z
+    root = (rest_next - sigma ** 2).clamp(min=0).sqrt()           # rounding can bring 0 below zero
+    return schedule.alpha_bar[t - 1].sqrt() * x0 + root * eps + sigma * z
 
 
 def dpm_step(x_t, t, eps, x0, before, z, schedule, eta=0.0):
@@ -78,11 +79,12 @@ def dpm_step(x_t, t, eps, x0, before, z, schedule, eta=0.0):
     σ = √(1−ᾱ), λ = ln(√ᾱ/σ), h = λ_{t−1} − λ_t, r = h_before/h, and from the two latest x̂_0
     D = (1 + 1/(2r)) x̂_0 − 1/(2r) x̂_0 before: x̂_0 as it would be half a step ahead.
     That is DDIM's step with D for x̂_0, and so it is written; η = 1 gives the solver's SDE form.
-    The first step knows no x̂_0 before its own, and the last ends at λ = ∞: there D = x̂_0.
+    The first step knows no x̂_0 before its own, the last ends at λ = ∞, and ᾱ = 0 in float32 is
+    λ = −∞: there D = x̂_0.
     """
     alpha_bar, sigma = schedule.alpha_bar, schedule.one_minus_alpha_bar.sqrt()
     D = x0
-    if before is not None and t > 1:
+    if before is not None and t > 1 and alpha_bar[t + 1] > 0:
         lambda_ = (alpha_bar.sqrt() / sigma).log()
         r = (lambda_[t] - lambda_[t + 1]) / (lambda_[t - 1] - lambda_[t])
         D = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * before
@@ -96,7 +98,7 @@ def repaint_step(x_t, t, eps, x0, before, z, schedule, step, predict, noise, kno
 
     A step around a step: the known pixels (keep = 1) come from the forward process, the others from
     `step`.  resample > 1 goes back to x_t by Ho (2) and walks again, so that the two parts agree.
-    Lugmayr et al. (2022), arXiv:2201.09865, with the index and the root that its line 5 lacks.
+    Lugmayr et al. (2022), arXiv:2201.09865; their line 5 has ᾱ_t for ᾱ_{t−1}, and 1 − ᾱ unrooted.
     The x̂_0 before is of another path, as the known pixels are drawn anew: `step` does not get it.
     """
     for again in reversed(range(resample)):
@@ -221,7 +223,8 @@ def build(config: dict, tensors: dict, path: str | Path) -> UNet:
         if channels != config["unet"]["channels"] or max(height, width) > 8192:
             raise ValueError(f"it draws images of {config['shape']}")
         net.check_size(height, width)
-        schedule_of(config)
+        if schedule_of(config).T != config["schedule"]["T"]:
+            raise ValueError("it has no number of steps")
     wanted = {name: tensor.shape for name, tensor in net.state_dict().items()}
     found = {name: getattr(tensor, "shape", None) for name, tensor in tensors.items()}
     if wanted != found:
@@ -303,7 +306,7 @@ def on_device(schedule: Schedule, device) -> Schedule:
 
 
 def times(T: int, steps: int) -> np.ndarray:
-    """τ_i = max(i, T (i/N)²), i = 0, …, N, in whole numbers    DDIM: Song et al. (2020), appendix D.2
+    """τ_i = max(i, T (i/N)²), i = 0, …, N, rounded          DDIM: Song et al. (2020), appendix D.2
 
     Most of the N = steps stand where little noise is left, as the details come there.  No two are
     the same, and N = T takes them all.
@@ -367,7 +370,7 @@ def arguments() -> Arguments:
     add = parser.add_argument
     add("--weights", type=Path, help="a checkpoint, or a folder with a published network; default: "
                                      f"{LAST} if it is there, else the network that ships")
-    add("-n", type=int, help="how many images (100), or how many digits to complete (8)")
+    add("-n", type=int, help="how many images: to draw (100), or to complete (8)")
     add("--out", type=Path, default=Path("out/samples.png"), help=".png: a sheet; .npz: the arrays")
     add("--animate", action="store_true", help="the walk from x_T to x_0, as an animated PNG")
     add("--sampler", choices=("ddpm", "ddim", "dpm"), default="ddpm")
@@ -375,11 +378,11 @@ def arguments() -> Arguments:
     add("--variance", choices=("beta", "beta_tilde"), help="sigma_t^2 of ddpm (beta)")
     add("--eta", type=float, help="noise of ddim (0) and dpm (1): 0 (none) .. 1 (as ddpm)")
     add("--no-clip", action="store_true", help="let the predicted x0 leave [-1, 1]")
-    add("--label", help="a class, or 'all' for every class in turn; default: classes at random")
+    add("--label", help="a class, or 'all': a row each (at random, with --keep none)")
     add("--guidance", type=float, default=1.0, help="0 ignores the label, 1 follows, more insists")
-    add("--keep", choices=("left", "right", "top", "bottom"), help="complete held-out digits")
+    add("--keep", choices=("left", "right", "top", "bottom"), help="complete half-known images")
     add("--resample", type=int, default=1, help="with --keep: times each step is walked")
-    add("--data", type=Path, default=DIGITS, help="with --keep: where the images come from")
+    add("--data", type=Path, default=DIGITS, help="with --keep: images; its last tenth is taken")
     add("--seed", type=int, default=0)
     add("--batch", type=int, default=100, help="images at a time: bounds memory, changes nothing")
     add("--device", help="cuda, mps or cpu; default: the best one here")
@@ -416,6 +419,8 @@ def check(args, net: UNet, config: dict):
         raise ValueError("this network knows no labels: leave --label and --guidance out")
     if not np.isfinite(args.guidance):
         raise ValueError(f"--guidance must be a number, not {args.guidance}")
+    if args.keep and args.label is None and args.guidance != 1:
+        raise ValueError("--guidance with --keep needs a --label")
     numeral = args.label is not None and args.label.isdecimal()
     if args.label not in (None, "all") and not (numeral and int(args.label) < net.labels):
         raise ValueError(f"--label must be 0 .. {net.labels - 1} or all, not {args.label!r}")
@@ -473,12 +478,16 @@ def draw(args, net: UNet, config: dict, held_out: np.ndarray | None):
                          args.variance or "beta", args.eta, not args.no_clip, label,
                          args.guidance, known, keep, args.resample)
         for k, x_t in enumerate(steps):
-            spent, done = time.monotonic() - start, (first + len(numbers) * k / args.steps) / total
+            spent = max(time.monotonic() - start, 1e-9)
+            done = (first + len(numbers) * k / args.steps) / total
             left = f"{duration(spent / done - spent)} left" if done else ""
             progress(f"step {k} of {args.steps} · images {first + 1} to {numbers[-1] + 1} of "
                      f"{total} · {total * done / spent:.1f} images/s · {left}", last=done == 1)
             if args.animate and (k == args.steps or k % max(1, args.steps // 40) == 0):
                 frames.append(to_bytes(x_t.permute(0, 2, 3, 1).cpu().numpy()))
+        if not torch.isfinite(x_t).all():
+            raise ValueError("the walk led to pixels that are no numbers: are the weights sound? "
+                             "else more --steps, or --sampler dpm")
         yield to_bytes(x_t.permute(0, 2, 3, 1).cpu().numpy()), labels, frames
 
 

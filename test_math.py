@@ -899,7 +899,6 @@ def test_the_gradient_step_is_clipped_adam_and_an_average_of_parameters():
     settings = train.PRESETS["digits"] | dict(lr=0.1, steps=1000, warmup=1, ema=0.75)
     run = train.Run(dict(train=settings), net, ema, torch.optim.SGD(net.parameters(), lr=9),
                     torch.device("cpu"), None, 0, 1, None, None, step=1)
-    run.step = 1
     train.gradient_step(run, (net.w * torch.tensor([0.0, 300.0, 0.0, 400.0])).sum())
     np.testing.assert_allclose(net.w.detach(),
                                [0, -0.06, 0, -0.08], atol=1e-6)             # lr · gradient / 500
@@ -999,6 +998,9 @@ def test_an_untrained_network_predicts_no_noise_and_every_parameter_counts():
     net = UNet(8, 1, 8, (1, 2), 1, (4,), 0.0, 3, 4)
     x, t, label = torch.randn(4, 1, 8, 8), torch.tensor([1, 5, 9, 1000]), torch.tensor([0, 1, 2, 3])
     assert torch.count_nonzero(net(x, t, label)) == 0
+    channels = net.middle[0].attention.proj.in_features
+    for weight in net.middle[0].attention.qkv.weight.chunk(3):    # uniform of variance 1/fan_avg
+        assert 0.9 < weight.abs().max() / math.sqrt(3 / channels) <= 1
     net = small_unet()
     net(x, t, label).square().sum().backward()
     for name, p in net.named_parameters():
@@ -1087,7 +1089,8 @@ def test_ddim_keeps_the_marginal_for_any_eta(schedule, data, eta):
 @given(schedule=st.lists(st.floats(0.001, 0.7), min_size=3, max_size=6).map(schedule_of),
        data=st.data())
 def test_dpm_is_its_published_formula_and_with_eta_1_a_posterior_draw(device, schedule, data):
-    """DPM: D looks half a step of λ ahead; the step in h = Δλ; η = 1: a draw from q(x_{t−1}|x_t, D).
+    """DPM: D looks half a step of λ ahead; then Lu's step, or with η = 1 a draw from
+    q(x_{t−1}|x_t, D).
     """
     t = data.draw(st.integers(2, schedule.T - 1))
     (x_t, eps, x0, before, z), (x_t32, eps32, x0_32, before32, z32) = step_arguments(
@@ -1248,25 +1251,43 @@ def test_the_times_are_distinct_and_go_from_0_to_T(T, data):
     assert sample.times(1000, 10).tolist() == [0, 10, 40, 90, 160, 250, 360, 490, 640, 810, 1000]
 
 
+class Half(nn.Module):
+    """ε_θ = x_t/2: no network, but one that `generate` can call."""
+
+    labels = 0
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x_t, t, label):
+        return self.factor * x_t
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm"])
+@given(st.fixed_dictionaries(dict(kind=st.just("cosine"), T=st.integers(1, 4000)))
+       | st.fixed_dictionaries(dict(kind=st.just("linear"), T=st.integers(1, 4000),
+                                    beta_T=st.floats(0.001, 0.5))),
+       st.integers(1, 30), st.floats(0, 1))
+@example(dict(kind="cosine", T=1000), 5, 1.0)                 # 1 − ᾱ − σ² rounds below 0
+@example(dict(kind="linear", T=1000, beta_T=0.5), 20, 1.0)       # ᾱ_t is 0 in float32, twice
+@example(dict(kind="linear", T=1000, beta_T=0.5), 20, 0.0)
+def test_no_schedule_leads_to_an_image_that_is_no_number(sampler, schedule, steps, eta):
+    """DDIM, DPM: whatever rounds to zero or below in float32, every x_t is finite."""
+    config = dict(schedule=schedule, shape=[1, 1, 1], float32=True)
+    walk = sample.generate(Half(), config, range(1), sampler=sampler, eta=eta,
+                           steps=min(steps, schedule["T"]))
+    assert all(torch.isfinite(x_t).all() for x_t in walk)
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
 @given(st.integers(1, 30), st.data())
 @example(1, None)
 def test_any_number_of_steps_calls_the_network_that_often(sampler, T, data):
     """DDIM, DPM: N steps from 1 to T: N calls, from T down, no t twice, and the walk ends at 0."""
     steps = data.draw(st.integers(1, T)) if data else 1
-    called = []
-
-    class Spy(nn.Module):
-        labels = 0
-
-        def __init__(self):
-            super().__init__()
-            self.factor = nn.Parameter(torch.tensor(0.5))
-
-        def forward(self, x_t, t, label):
-            called.append(t[0].item())
-            return self.factor * x_t
-    net = Spy()
+    net, called = Half(), []
+    net.register_forward_pre_hook(lambda net, inputs: called.append(inputs[1][0].item()))
     config = dict(schedule=dict(kind="linear", T=T, beta_1=0.01, beta_T=0.3), shape=[1, 2, 2],
                   float32=False)
     images = list(sample.generate(net, config, range(2), sampler=sampler, steps=steps))
@@ -1280,21 +1301,14 @@ def test_any_number_of_steps_calls_the_network_that_often(sampler, T, data):
 
 def test_every_image_keeps_its_label_in_full_sixteens():
     """CFG, determinism: the network sees whole sixteens, image k of them with label k."""
-    class Spy(nn.Module):
-        labels = 5
-
-        def __init__(self):
-            super().__init__()
-            self.factor = nn.Parameter(torch.tensor(0.5))
-
-        def forward(self, x_t, t, label):
-            seen.append((len(x_t), len(t), label.tolist()))
-            return self.factor * x_t
     for count in (1, 16, 17, 32):
-        seen, label = [], torch.arange(count) % 5
-        list(sample.generate(Spy(), CONFIG, range(count), steps=2, label=label))
-        full = 16 if count <= 16 else 32
-        assert [(a, b, c[:count]) for a, b, c in seen] == [(full, full, label.tolist())] * 2
+        net, seen, label = Half(), [], torch.arange(count) % 5
+        net.register_forward_pre_hook(lambda net, inputs: seen.append(inputs))
+        list(sample.generate(net, CONFIG, range(count), steps=2, label=label))
+        assert len(seen) == 2
+        for x_t, t, labels in seen:
+            assert len(x_t) == len(t) == len(labels) == (16 if count <= 16 else 32)
+            assert torch.equal(labels[:count], label)
 
 
 @on_every_device

@@ -5,6 +5,7 @@
 import gzip
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -232,7 +233,7 @@ def test_images_come_in_as_their_authors_publish_them(tmp_path):
     """IDX, plain and gzipped, alone, in pairs and in a folder; .npz and .npy, grey and colour."""
     rng = np.random.default_rng(0)
     images, labels = (rng.integers(0, 256, (20, 6, 4)).astype(np.uint8),
-                      rng.integers(0, 10, 20).astype(np.uint8))
+                      rng.permutation(20).astype(np.uint8) % 10)
     colour = rng.integers(0, 256, (20, 32, 32, 3)).astype(np.uint8)
     plain, packed = tmp_path / "plain", tmp_path / "packed"
     plain.mkdir(), packed.mkdir()
@@ -254,6 +255,11 @@ def test_images_come_in_as_their_authors_publish_them(tmp_path):
         found, classes = data.load(tmp_path / name)
         assert (np.array_equal(found, colour)
                 and (name != "c.npz" or np.array_equal(classes, labels)))
+    (packed / "emnist-digits-train-labels-idx1-ubyte.gz").unlink()       # one packed, one not
+    (packed / "emnist-digits-train-labels-idx1-ubyte").write_bytes(idx(labels))
+    assert np.array_equal(data.load(packed)[1], labels)
+    np.savez(tmp_path / "gaps.npz", x=colour, y=labels * 2 + 1)           # 1, 3, … become 0, 1, …
+    assert np.array_equal(data.load(tmp_path / "gaps.npz")[1], labels)
     assert isinstance(data.load(tmp_path / "c.npy")[0], np.memmap)
     assert isinstance(data.load(plain)[0].base, np.memmap)
 
@@ -388,6 +394,22 @@ def test_a_second_signal_ends_at_once(call, monkeypatch):
     assert ended == [130]
 
 
+def test_a_signal_in_the_last_step_changes_nothing(tiny, call, monkeypatch, tmp_path):
+    """SIGINT: a run that has no step left is complete, with all that belongs to it."""
+    monkeypatch.setattr(train, "stop_signals", lambda: [signal.SIGINT])
+    status, text, errors = call(train, "--data", tiny, "--steps", 1, "--out", "run", *TINY)
+    assert status == 0 and "drawn: run/samples.png" in text and not errors
+    assert Path("run/network.pt").exists()
+
+
+def test_the_data_script_writes_only_what_it_names(call):
+    """data.py: --out images.npy would put a picture in the place of the images."""
+    status, _, errors = call(data, "--out", "images.npy")
+    assert status == 2 and "must end in .png or .npz" in errors and not Path("images.npy").exists()
+    assert call(data, "-n", 3, "--out", "few.npz")[0] == 0
+    assert np.load("few.npz")["images"].shape == (3, 28, 28, 1)
+
+
 def test_two_runs_in_one_folder_are_refused(tiny, call, tmp_path):
     """The second run in a folder ends at once, in words."""
     held = train.lock(tmp_path)
@@ -502,7 +524,7 @@ def test_published_networks_are_read(tmp_path):
     (["--beta-1", 0], "beta must lie inside"), (["--beta-T", 1], "beta must lie inside"),
     (["--beta-T", "nan"], "beta must lie inside"), (["--steps", 0], "--steps must be at least 1"),
     (["--batch", -1], "--batch must be at least 1"), (["--lr", 0], "--lr must be above 0"),
-    (["--lr", "nan"], "--lr must"), (["--seed", -1], "--seed"),
+    (["--lr", "nan"], "--lr must"), (["--seed", -1], "--seed"), (["--seed", 2**63], "--seed"),
     (["--device", "nonsense"], "no device 'nonsense'"), (["--device", "cuda:99"], "no device"),
     (["--schedule", "cosine", "--beta-1", 0.1], "belong to --schedule linear"),
     (["--nonsense"], "unrecognized arguments"), (["--out", "file/out"], "file"),
@@ -559,6 +581,7 @@ def test_train_refuses_bad_input_in_one_line(argv, says, call, tiny):
     (["--out", "x.jpg"], "must end in .png or .npz"), (["--out", "file/x.png"], "file"),
     (["--animate", "--out", "x.npz"], "--animate"), (["--resample", 0], "--resample"),
     (["--keep", "left"], "held-out images of (28, 28, 1)"),
+    (["--keep", "left", "--guidance", 2], "needs a --label"),
     (["--weights", "missing.pt"], "missing.pt: No such file"),
     (["--weights", "text.pt"], "is not a checkpoint"),
     (["--weights", "short.pt"], "is not a checkpoint"), (["--weights", "flipped.pt"], "damaged"),
@@ -567,6 +590,7 @@ def test_train_refuses_bad_input_in_one_line(argv, says, call, tiny):
     (["--weights", "less.pt"], "1 tensors do not fit; conv_in.bias is missing"),
     (["--weights", "more.pt"], "the network has none of that name"),
     (["--weights", "shape.pt"], "tensors do not fit"),
+    (["--weights", "nan.pt"], "pixels that are no numbers"),
     (["--weights", "huge.pt"], "a network that can be built"),
     (["--weights", "endless.pt"], "a network that can be built")])
 def test_sample_refuses_bad_input_in_one_line(argv, says, call, trained):
@@ -590,6 +614,7 @@ def test_sample_refuses_bad_input_in_one_line(argv, says, call, trained):
                         ema=tensors), name)
     write("less.pt", without="conv_in.bias"), write("more.pt", ema={"more": torch.ones(1)})
     write("shape.pt", ema={"conv_in.bias": torch.ones(5)})
+    write("nan.pt", ema={"conv_out.bias": good["ema"]["conv_out.bias"] * math.nan})
     write("huge.pt", width=2**40), write("endless.pt", blocks=10**9)
     weights = [] if "--weights" in argv else ["--weights", trained[0] / "checkpoint.pt"]
     status, text, errors = call(sample, *weights, *argv)
@@ -654,7 +679,7 @@ anything = st.one_of(st.none(), st.integers(-9, 9), st.sampled_from([10**9, 2**6
 @TRIES
 @given(st.data())
 def test_any_bytes_are_a_checkpoint_or_refused(tmp_path_factory, data_):
-    """Readers: the same for checkpoints, their bytes changed, or their values and saved again:
+    """Readers: the same for checkpoints, their bytes changed, or their values changed or removed:
     only ValueError or OSError comes out, no code is run, and what is accepted draws an image.
     """
     checkpoint, buffer = tiny_checkpoint(), io.BytesIO()
@@ -662,7 +687,10 @@ def test_any_bytes_are_a_checkpoint_or_refused(tmp_path_factory, data_):
         checkpoint, checkpoint["config"], checkpoint["config"]["unet"], checkpoint["ema"],
         checkpoint["config"]["schedule"]]))
     if data_.draw(st.booleans()):
-        place[data_.draw(st.sampled_from(sorted(place)))] = data_.draw(anything)
+        name = data_.draw(st.sampled_from(sorted(place)))
+        del place[name]
+        if data_.draw(st.booleans()):
+            place[name] = data_.draw(anything)
     torch.save(checkpoint, buffer)
     path, good = tmp_path_factory.getbasetemp() / "fuzz.pt", buffer.getvalue()
     path.write_bytes(data_.draw(st.just(good) | mutated(good) | st.binary(max_size=200)

@@ -71,7 +71,7 @@ def draw_t(count: int, T: int, generator: torch.Generator) -> Tensor:
 
 
 def learning_rate(step: int, settings: dict) -> float:
-    """Rises for `warmup` steps; with `decay` it then falls in a straight line, to 0 at the end."""
+    """Rises for `warmup` steps; with `decay` it falls in a straight line, at last to lr/steps."""
     rise = min(1.0, step / settings["warmup"])
     fall = 1 - (step - 1) / settings["steps"] if settings["decay"] else 1.0
     return settings["lr"] * rise * fall
@@ -86,7 +86,7 @@ def gradient_step(run: "Run", loss: Tensor):
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
     run.optimizer.step()
-    decay = min(settings["ema"], (1 + run.step) / (10 + run.step))     # at first, of all so far
+    decay = min(settings["ema"], (1 + run.step) / (10 + run.step))   # early on: the latest tenth
     with torch.no_grad():
         torch._foreach_lerp_(list(run.ema.parameters()), list(run.net.parameters()), 1 - decay)
 
@@ -120,7 +120,7 @@ def train(run: "Run", images: np.ndarray, labels: np.ndarray | None, compile: bo
             picture(run, f"step-{run.step:06}.png")
     if run.step % every:
         save(run)
-    return stop
+    return stop if run.step < settings["steps"] else 0
 
 
 # ── Around it ─────────────────────────────────────────────────────────────────────────────────────
@@ -262,7 +262,7 @@ def share(run: Run):
 
 
 def picture(run: Run, name: str):
-    """A sheet of 100 images that the averaged network draws, a row or more for each label."""
+    """A sheet of 100 images that the averaged network draws, its labels in order."""
     if run.rank == 0:
         labels = run.config["unet"]["labels"]
         label = torch.arange(100, device=run.device) * labels // 100 if labels else None
@@ -362,8 +362,8 @@ def configuration(given: dict, images: np.ndarray, labels: np.ndarray | None) ->
             raise ValueError(f"--{name} must be at least 1, not {train[name]}")
     if not 0 < train["lr"] < np.inf:
         raise ValueError(f"--lr must be above 0, not {train['lr']}")
-    if train["seed"] < 0:
-        raise ValueError(f"--seed must not be negative, and is {train['seed']}")
+    if not 0 <= train["seed"] < 2**63:
+        raise ValueError(f"--seed must be 0 .. 2^63 - 1, not {train['seed']}")
     if train["schedule"] == "cosine" and ("beta_1" in given or "beta_T" in given):
         raise ValueError("--beta-1 and --beta-T belong to --schedule linear")
     betas = ("T", "beta_1", "beta_T") if train["schedule"] == "linear" else ("T",)
@@ -515,7 +515,7 @@ def bound_of(args, given: dict):
         raise ValueError(f"{len(held_out)} images of {held_out.shape[1:]} are held out: needed are "
                          f"two or more like those of the run, {config['shape']}")
     x0 = to_pixels(torch.from_numpy(np.array(held_out)).to(device)).permute(0, 3, 1, 2)
-    if net.labels and (labels is None or labels.max() >= net.labels):
+    if net.labels and (labels is None or labels.max() + 1 != net.labels):
         raise ValueError(f"the network was trained with labels 0 .. {net.labels - 1}; "
                          "--data has others")
     label = torch.from_numpy(split(labels)[1][:1000]).to(device) if net.labels else None

@@ -159,6 +159,9 @@ class UNet(nn.Module):
         for last in [m.conv2 for m in self.modules() if isinstance(m, Block)] + [self.conv_out] + [
                 m.proj for m in self.modules() if isinstance(m, Attention)]:
             nn.init.zeros_(last.weight)
+        for attention in [m for m in self.modules() if isinstance(m, Attention)]:
+            for weight in attention.qkv.weight.chunk(3):         # q, k and v are three maps in one
+                nn.init.xavier_uniform_(weight)
 
     def check_size(self, height: int, width: int):
         if height % self.factor or width % self.factor:
