@@ -570,8 +570,8 @@ def main():
     elif rank == 0:
         print(f"\n{chart(run.log)}\n")
         print(f"drawn: {args.out / 'samples.png'}; beside it: checkpoint.pt, log.csv, network.pt")
-        guidance = " --guidance 2" if run.config["unet"]["labels"] else ""
-        print(f"next: python sample.py --weights {args.out / 'checkpoint.pt'} --sampler dpm{guidance}")
+        how = "--sampler dpm --guidance 2" if run.config["unet"]["labels"] else "--sampler dpm"
+        print(f"next: python sample.py --weights {args.out / 'checkpoint.pt'} {how}")
     raise SystemExit(128 + stopped if stopped else 0)
 
 
