@@ -46,7 +46,7 @@ def load(path: str | Path = DIGITS) -> tuple[np.ndarray, np.ndarray | None]:
     path: an .npz or .npy of uint8 images N x H x W or N x H x W x C (labels: a second array of N
     whole numbers, as integers, in the .npz); an IDX file, plain or gzipped, its labels beside it
     under the authors' name; or a folder that holds one such training set.  Labels that leave out
-    numbers are numbered anew from 0, in order: a of EMNIST's letters, there 1, is 0.
+    numbers are numbered anew from 0: those of EMNIST's letters, 1 to 26, become 0 to 25.
     Plain .npy and IDX files are memory-mapped.  Raises ValueError or OSError, saying what to mend.
     """
     path = Path(path)
@@ -60,7 +60,9 @@ def load(path: str | Path = DIGITS) -> tuple[np.ndarray, np.ndarray | None]:
         arrays = [_read_idx(path)]
         name = path.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
         beside = [path.with_name(name), path.with_name(name + ".gz")]
-        arrays += [_read_idx(labels) for labels in beside if labels.exists() and labels != path][:1]
+        labels = next((file for file in beside if file.exists() and file != path), None)
+        if labels:
+            arrays.append(_read_idx(labels))
 
     images = next((a for a in arrays if a.dtype == np.uint8 and a.ndim in (3, 4)), None)
     if images is None:

@@ -378,7 +378,7 @@ def arguments() -> Arguments:
     add("--variance", choices=("beta", "beta_tilde"), help="sigma_t^2 of ddpm (beta)")
     add("--eta", type=float, help="noise of ddim (0) and dpm (1): 0 (none) .. 1 (as ddpm)")
     add("--no-clip", action="store_true", help="let the predicted x0 leave [-1, 1]")
-    add("--label", help="a class, or 'all': a row each (at random, with --keep none)")
+    add("--label", help="a class, or 'all': a row each; default: random, with --keep none")
     add("--guidance", type=float, default=1.0, help="0 ignores the label, 1 follows, more insists")
     add("--keep", choices=("left", "right", "top", "bottom"), help="complete half-known images")
     add("--resample", type=int, default=1, help="with --keep: times each step is walked")
