@@ -184,7 +184,7 @@ def L_T(x0, schedule: Schedule):
     return kl(*q_marginal(x0, schedule.T, schedule), 0.0, 1.0)
 
 
-def L_0(x0, mean, sigma2):
+def L_0(x0, mean, sigma2, erfc=np.vectorize(math.erfc, otypes=[float])):
     """L_0 = −log ∫ N(x; μ_θ(x_1, 1), σ_1²) dx over the bin of x_0, in nats per pixel        Ho (13)
 
     x0: pixels k/127.5 − 1, k = 0..255.  The bins are 2/255 wide, the first and last open outwards.
@@ -194,8 +194,8 @@ def L_0(x0, mean, sigma2):
     # Φ(upper) − Φ(lower) loses all digits far right of the mean; there the mirror image is exact.
     mirrored = lower > 0
     upper, lower = np.where(mirrored, -lower, upper), np.where(mirrored, -upper, lower)
-    cdf = np.vectorize(lambda x: 0.5 * math.erfc(-x / math.sqrt(2)), otypes=[float])
-    return -log(np.maximum(cdf(upper) - cdf(lower), 1e-300))
+    p = (erfc(-upper / math.sqrt(2)) - erfc(-lower / math.sqrt(2))) / 2
+    return -log(np.maximum(p, 1e-300))
 
 
 def bits_per_dim(nats_per_pixel):
@@ -223,9 +223,10 @@ def tweedie_mean(x_t, score_t, t, schedule: Schedule):
 
 def main():
     """Document V's example: a digit walked back from x_T, x_0 given, and how A1 and A2 change."""
-    from data import load, reported, sheet, to_bytes, to_pixels, write_png
+    from support.console import one_line_errors
+    from support.images import image_grid, load, to_bytes, to_pixels, write_png
 
-    with reported():
+    with one_line_errors():
         x0 = to_pixels(load()[0][7])
     schedule, rng = linear(), np.random.default_rng(0)
     shown = [1000, 800, 600, 462, 400, 300, 200, 100, 50, 20, 10, 3, 2, 1]
@@ -245,8 +246,8 @@ def main():
           f"{A1(t, schedule).max():.5f} at t = {t[A1(t, schedule).argmax()]}, then falls to 0.")
     print("Far out the posterior trusts x_t; near the image it trusts x_0, "
           "and at t = 1 nothing else.")
-    with reported():
-        write_png("out/posterior.png", sheet(to_bytes(np.array(strip)), columns=len(strip)))
+    with one_line_errors():
+        write_png("out/posterior.png", image_grid(to_bytes(np.array(strip)), columns=len(strip)))
     print("drawn: out/posterior.png, x_T to x_0; next: python train.py")
 
 

@@ -9,6 +9,7 @@ device that is here.
 """
 import math
 import statistics
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -19,12 +20,16 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from torch import nn
 
 import ddpm
+import evaluate
 import posterior
 import sample
 import train
 from ddpm import (Schedule, cosine, draw, linear, log_normal, q_between, q_marginal, q_step,
                   schedule_of)
 from posterior import A1, A2, C, beta_tilde, kl, reverse_mean, reverse_step
+from support.config import PRESETS, Config, Sampling
+from support.devices import SharedGenerator
+from support.drawing import image_noise
 from unet import Attention, Block, Downsample, UNet, parameters, time_embedding
 
 # ── What is drawn, and how near is near ───────────────────────────────────────────────────────────
@@ -742,11 +747,12 @@ def test_tweedie_gives_the_mean_of_the_previous_image(schedule, data, mixture, x
         (joint * x_prev).sum() / joint.sum(), rel=1e-6, abs=1e-8)
 
 
-# ══ PyTorch against NumPy ═════════════════════════════════════════════════════════════════════════
+# ── Fewer steps: DDIM and DPM-Solver++ ──────────────────────────────────────────────────────────────
 
 DEVICES = (["cpu"] + ["cuda"] * torch.cuda.is_available()
            + ["mps"] * torch.backends.mps.is_available())
 on_every_device = pytest.mark.parametrize("device", DEVICES)
+mild = st.lists(st.floats(0.001, 0.7), min_size=1, max_size=6).map(schedule_of)
 
 
 def near32(found: torch.Tensor, exact, condition=1.0):
@@ -762,17 +768,172 @@ def batch_of(seed, *shape, device="cpu"):
     return array, torch.tensor(array, dtype=torch.float32, device=device)
 
 
+def step_arguments(schedule, t, device="cpu", seed=0):
+    """x_t, ε_θ, the x̂_0 it implies, the one before, and z: in NumPy and in PyTorch."""
+    both = [batch_of(seed + i, 2, 1, 3, 3, device=device) for i in range(4)]
+    (x_t, x_t32), (eps, eps32), (x0_prev, x0_prev32), (z, z32) = both
+    x0 = ddpm.x0_from_eps(x_t, t, eps, schedule)
+    x0_32 = torch.tensor(x0, dtype=torch.float32, device=device)
+    return (x_t, eps, x0, x0_prev, z), (x_t32, eps32, x0_32, x0_prev32, z32)
+
+
+@on_every_device
+@given(schedule=mild, data=st.data())
+def test_ddim_with_eta_1_is_the_posterior(device, schedule, data):
+    """DDIM: η = 1 is a draw from q(x_{t−1}|x_t, x̂_0), Ho (6, 7), exactly."""
+    t = data.draw(st.integers(1, schedule.T))
+    (x_t, _, x0, _, z), (x_t32, _, x0_32, _, z32) = step_arguments(schedule, t, device)
+    found = sample.ddim_step(x_t32, t, x0_32, z32, sample.on_device(schedule, device), eta=1.0)
+    near32(found, draw(*posterior.posterior(x_t, x0, t, schedule), z), condition=10)
+
+
+@given(schedule=mild, data=st.data(), eta=st.floats(0, 1))
+def test_ddim_keeps_the_marginal_for_any_eta(schedule, data, eta):
+    """DDIM: for the true x_0, √(1−ᾱ_{t−1}−σ²) ε + σ z has variance 1 − ᾱ_{t−1}:
+    x_{t−1} is from q(x_{t−1}|x_0).
+    """
+    t = data.draw(st.integers(1, schedule.T))
+    tables = Schedule(*map(torch.tensor, schedule))
+    eps, z, x0 = torch.eye(3, dtype=torch.float64)         # three images, each fed one of the three
+    x_t = tables.alpha_bar[t].sqrt() * x0 + tables.one_minus_alpha_bar[t].sqrt() * eps
+    found = sample.ddim_step(x_t, t, x0, z, tables, eta).flatten().numpy()
+    near((found[:2] ** 2).sum(), schedule.one_minus_alpha_bar[t - 1], scale=1e-3)
+    near(found[2], math.sqrt(schedule.alpha_bar[t - 1]))
+    near(found[1] ** 2, eta ** 2 * (beta_tilde(t, schedule)), scale=1e-3)
+
+
+@on_every_device
+@given(schedule=st.lists(st.floats(0.001, 0.7), min_size=3, max_size=6).map(schedule_of),
+       data=st.data())
+def test_dpm_is_its_published_formula_and_with_eta_1_a_posterior_draw(device, schedule, data):
+    """DPM: D looks half a step of λ ahead; then Lu's step, or with η = 1 a draw from
+    q(x_{t−1}|x_t, D).
+    """
+    t = data.draw(st.integers(2, schedule.T - 1))
+    (x_t, _, x0, x0_prev, z), (x_t32, _, x0_32, x0_prev32, z32) = step_arguments(
+        schedule, t, device)
+    past, now, ahead = (math.log(ddpm.snr(u, schedule)) / 2 for u in (t + 1, t, t - 1))
+    D = x0 + (x0 - x0_prev) * ((ahead - now) / 2) / (now - past)
+    (scale, variance), (_, variance_t) = (q_marginal(1.0, u, schedule) for u in (t - 1, t))
+    exact = (math.sqrt(variance / variance_t) * x_t - scale * math.expm1(now - ahead) * D,
+             draw(*posterior.posterior(x_t, D, t, schedule), z))
+    # r is a quotient of differences of λ, and D magnifies its rounding
+    digits_lost = max(abs(past), abs(ahead), 1) / min(ahead - now, now - past)
+    condition = 10 + np.abs(D - x0).max() / np.abs(D).max() * digits_lost
+    for eta, result in zip((0.0, 1.0), exact):
+        found = sample.dpm_step(x_t32, t, x0_32, x0_prev32, z32,
+                                sample.on_device(schedule, device), eta)
+        near32(found, result, condition)
+
+
+@given(schedule=mild, data=st.data())
+def test_the_first_dpm_step_is_ddim(schedule, data):
+    """DPM: with no x̂_0 before, and in the last step, DPM-Solver++ is DDIM with η = 0."""
+    t = data.draw(st.integers(1, schedule.T))
+    _, (x_t, _, x0, x0_prev, z) = step_arguments(schedule, t)
+    tables = sample.on_device(schedule, "cpu")
+    ddim = sample.ddim_step(x_t, t, x0, z, tables)
+    assert torch.equal(sample.dpm_step(x_t, t, x0, None, z, tables), ddim)
+    near32(sample.dpm_step(x_t, 1, x0, x0_prev, z, tables), x0.numpy())
+
+
+@given(schedule=st.lists(st.floats(0.001, 0.7), min_size=2, max_size=6).map(schedule_of),
+       data=st.data())
+def test_dpm_is_exact_where_the_prediction_does_not_change(schedule, data):
+    """DPM: for constant x̂_0 the step lands on √ᾱ_{t−1} x̂_0 + σ_{t−1}/σ_t (x_t − √ᾱ_t x̂_0),
+    for any step sizes.
+    """
+    t = data.draw(st.integers(1, schedule.T))
+    tables = Schedule(*map(torch.tensor, schedule))
+    x_t, x0 = (torch.tensor([0.3, -1.2], dtype=torch.float64),
+               torch.tensor([0.5, 0.25], dtype=torch.float64))
+    x0_prev = x0 if t < schedule.T else None
+    found = sample.dpm_step(x_t, t, x0, x0_prev, torch.zeros(2), tables).flatten()
+    (mean, variance), (mean_prev, variance_prev) = (q_marginal(x0.numpy(), u, schedule)
+                                                    for u in (t, t - 1))
+    near(found.numpy(), mean_prev + math.sqrt(variance_prev / variance) * (x_t.numpy() - mean),
+         condition=100, scale=3)
+
+
+def gaussian_walk(sampling, schedule, m, s2, noises):
+    """The walk of Algorithm 2 with the exact ε* for N(m, s²) data, in float64."""
+    tables, noises = Schedule(*map(torch.tensor, schedule)), iter(noises)
+    step = sample.sampler_step(lambda x_t, t: best_eps(x_t, t, m, s2, tables), tables, sampling)
+    return [x_t.flatten() for x_t in
+            sample.algorithm_2(step, schedule.T, lambda: next(noises).reshape(-1, 1, 1, 1))]
+
+
+@pytest.mark.parametrize("sampling, s2, result", [
+    (Sampling(clip=False), 1.0, 0.999900), (Sampling(clip=False), 0.25, 0.250752),
+    (Sampling(variance="beta_tilde", clip=False), 1.0, 0.991067),
+    (Sampling(variance="beta_tilde", clip=False), 0.25, 0.246125),
+    (Sampling("ddim", clip=False), 1.0, 0.996252),
+    (Sampling("ddim", clip=False), 0.25, 0.248498)])
+def test_the_walk_on_gaussian_data(sampling, s2, result):
+    """Algorithm 2, N8, DDIM: with the exact ε* the output variance is known to six digits,
+    image k fed noise k.
+    """
+    x0 = gaussian_walk(sampling, PAPER, 0.0, s2, torch.eye(1000, dtype=torch.float64))[-1]
+    assert (x0 ** 2).sum().item() == pytest.approx(result, abs=1e-6)
+
+
+def test_orders_of_the_solvers():
+    """DDIM is of order 1, DPM-Solver++(2M) of order 2:
+    half the step, half (a quarter of) the error, from 80 steps on.
+    """
+    m, s2 = 0.3, 0.25
+    fine = linear(12800, 1e-4 / 12.8, 0.02 / 12.8)
+    errors = {}
+    for name in ("ddim", "dpm"):
+        for steps in (80, 160, 320):
+            # end at t_1 = 1/80 of the way, where λ is finite:
+            # what is left is one first-order step for both
+            times = np.concatenate(
+                [[0], np.linspace(12800 // 80, 12800, steps + 1).round().astype(int)])
+            short = ddpm.respaced(fine, times)
+            noises = [torch.ones(1, dtype=torch.float64)] + [torch.zeros(1)] * steps
+            *_, x_1, _ = gaussian_walk(Sampling(name, eta=0.0, clip=False), short, m, s2, noises)
+            v = [ddpm.variance_at(t, s2, short) for t in (short.T, 1)]
+            root = np.sqrt(short.alpha_bar[[short.T, 1]])
+            # the flow scales with √v
+            exact = root[1] * m + math.sqrt(v[1] / v[0]) * (1.0 - root[0] * m)
+            errors[name, steps] = abs(x_1.item() - exact)
+    assert errors["ddim", 80] / errors["ddim", 160] == pytest.approx(2, abs=0.1)
+    assert errors["ddim", 160] / errors["ddim", 320] == pytest.approx(2, abs=0.1)
+    assert errors["dpm", 80] / errors["dpm", 160] == pytest.approx(4, abs=0.5)
+    assert errors["dpm", 160] / errors["dpm", 320] == pytest.approx(4, abs=0.4)
+    assert errors["dpm", 80] < errors["ddim", 320]
+
+
+@given(st.integers(1, 1000), st.data())
+@example(1, None)
+@example(1000, None)
+def test_the_times_are_distinct_and_go_from_0_to_T(T, data):
+    """DDIM: N steps stand at N different times for any N ≤ T, evenly in √t where there is room."""
+    steps = data.draw(st.integers(1, T)) if data else T
+    tau = sample.times(T, steps)
+    assert tau[0] == 0 and tau[-1] == T and len(tau) == steps + 1 and np.all(np.diff(tau) >= 1)
+    for i, t in enumerate(tau.tolist()):
+        assert t == i or abs(t - Fraction(T * i * i, steps * steps)) <= Fraction(1, 2)
+    assert sample.times(1000, 10).tolist() == [0, 10, 40, 90, 160, 250, 360, 490, 640, 810, 1000]
+
+
+# ══ PyTorch against NumPy ═══════════════════════════════════════════════════════════════════════════
+
+SMALL = Config(image_shape=(1, 8, 8), model_channels=8, attention_resolutions=(4,), num_classes=3,
+               patch_size=1)
+
+
 def small_unet(seed=0, **changes):
     """A U-Net with a level, attention, labels and no weight that is zero."""
     torch.manual_seed(seed)
-    net = UNet(**dict(size=8, channels=1, width=8, multipliers=(1, 2), blocks=1, attention=(4,),
-                      dropout=0.0, labels=3, groups=4) | changes)
+    net = UNet(replace(SMALL, **changes))
     for p in net.parameters():
         nn.init.normal_(p, std=0.15)
     return net.eval()
 
 
-# ── The training path ─────────────────────────────────────────────────────────────────────────────
+# ── Algorithm 1: training ───────────────────────────────────────────────────────────────────────────
 
 @on_every_device
 @pytest.mark.parametrize("schedule", [ONE_STEP, PAPER, cosine(1000)],
@@ -839,29 +1000,48 @@ def test_a_perfect_network_has_no_loss():
         1, abs=0.05)
 
 
-@given(st.integers(1, 300), st.sampled_from([1, 2, 10, 1000]), st.integers(0, 10**6))
-def test_t_is_drawn_from_1_to_T(count, T, seed):
-    """Ho Algorithm 1 line 3: every t in 1..T, and T too; the k-th draw is in the k-th part."""
-    t = train.draw_t(count, T, torch.Generator().manual_seed(seed)).numpy()
+@given(st.integers(1, 64), st.sampled_from([1, 2, 10, 1000]), st.integers(1, 3))
+def test_several_processes_draw_what_one_draws(count, T, world):
+    """Ho Algorithm 1, lines 3 and 4: t in 1..T, ε of any shape; shares of one draw, one by one."""
+    one, shares = SharedGenerator(7), [SharedGenerator(7, "cpu", k, world) for k in range(world)]
+    for draw_from in (lambda rng, n: rng.integers(1, T, n), lambda rng, n: rng.uniform(n),
+                      lambda rng, n: rng.standard_normal((n, 2, 3))):
+        whole, parts = draw_from(one, count * world), [draw_from(rng, count) for rng in shares]
+        assert torch.equal(torch.stack(parts, 1).reshape(whole.shape), whole)
+    t = one.integers(1, T, count)
     assert t.min() >= 1 and t.max() <= T and len(t) == count
-    assert np.all(np.abs((t - 0.5) / T - (np.arange(count) + 0.5) / count)
-                  <= 0.5 / T + 0.5 / count + 1e-6)
-
-
-def test_the_largest_uniform_is_still_a_time(monkeypatch):
-    """Ho Algorithm 1 line 3: u may round up to 1 in float32, and t = T + 1 is in no table."""
-    monkeypatch.setattr(torch, "rand", lambda n, **options: torch.full((n,), 1 - 2.0 ** -24))
-    assert train.draw_t(64, 1000, torch.Generator())[-1] == 1000
 
 
 def test_every_t_is_equally_likely():
-    """Ho Algorithm 1 line 3: 20,000 draws of 1..10 in batches of 3:
-    each about a tenth (6 standard errors).
+    """Ho Algorithm 1, line 3: of 20,000 draws of 1..10 each is about a tenth.
+
+    Six standard errors of 0.0021: a false alarm once in 10⁸, and a t that is never drawn, or drawn
+    by an eighth too often, is found.
     """
-    generator = torch.Generator().manual_seed(0)
-    t = torch.cat([train.draw_t(3, 10, generator) for _ in range(20000 // 3)])
-    shares = np.bincount(t.numpy(), minlength=11)[1:] / len(t)
-    assert np.all(np.abs(shares - 0.1) < 6 * math.sqrt(0.09 / 20000))
+    t = SharedGenerator(0).integers(1, 10, 20000)
+    fractions = np.bincount(t.numpy(), minlength=11)[1:] / len(t)
+    assert np.all(np.abs(fractions - 0.1) < 6 * math.sqrt(0.09 / 20000))
+
+
+def test_algorithm_1_is_its_six_lines():
+    """Ho Algorithm 1: each step takes the next batch, then t, then ε from the noise, descends once
+    on the loss of these, and yields it.
+    """
+    tables, noise, replay = sample.on_device(PAPER, "cpu"), SharedGenerator(3), SharedGenerator(3)
+    data = [(torch.randn(5, 1, 2, 2), torch.arange(5) + k) for k in range(3)]
+    batches, descended, seen = iter(data), [], []
+
+    def eps_theta(x_t, t, label):
+        seen.append((x_t, t, label))
+        return 0.5 * x_t
+    loop = train.algorithm_1(eps_theta, lambda: next(batches), tables, noise, descended.append)
+    for k, loss in zip(range(3), loop):
+        t, eps = replay.integers(1, 1000, 5), replay.standard_normal((5, 1, 2, 2))
+        x0, label = data[k]
+        x_t = sample.q_sample(x0, t, eps, tables)
+        assert torch.equal(seen[k][0], x_t) and torch.equal(seen[k][1], t) and len(seen) == k + 1
+        assert seen[k][2] is label and torch.equal(loss, descended[k]) and len(descended) == k + 1
+        near32(loss, ddpm.l_simple(eps.double().numpy(), 0.5 * x_t.double().numpy()), condition=3)
 
 
 class Linear(nn.Module):
@@ -876,59 +1056,100 @@ class Linear(nn.Module):
 
 
 def test_training_on_gaussian_data_reaches_the_floor_and_not_below():
-    """Ho (14), Algorithm 1: training brings the expected loss on N(0, 1) to 0.2755, from above."""
-    net = Linear(1000)
-    settings = train.PRESETS["digits"] | dict(lr=0.05, steps=400, warmup=10)
-    run = train.Run(dict(train=settings), net, Linear(1000), torch.optim.Adam(net.parameters()),
-                    torch.device("cpu"), None, 0, 1, None, torch.Generator().manual_seed(0))
-    tables = sample.on_device(PAPER, "cpu")
-    for run.step in range(1, 401):
-        t = train.draw_t(1000, 1000, run.noise)
-        x0, eps = torch.randn(2, 1000, 1, 2, 2, generator=run.noise)
-        train.gradient_step(run, train.l_simple(net, x0, t, eps, None, tables))
-    for trained in (run.net, run.ema):
+    """Ho (14), Algorithm 1: the loop itself, with Adam and the average of the parameters, brings the
+    expected loss on N(0, 1) to 0.2755, from above.
+    """
+    config, noise, data = Config(lr=0.05, steps=400, warmup=10), *map(SharedGenerator, (0, 1))
+    net, ema, step = Linear(1000), Linear(1000), 0
+    optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, config.beta2))
+
+    def descend(loss):
+        nonlocal step
+        step += 1
+        train.gradient_step(loss, net, optimizer, step, config)
+        train.follow(ema, net, step, config.ema_decay)
+    for _ in zip(range(400), train.algorithm_1(
+            net, lambda: (data.standard_normal((1000, 1, 2, 2)), None),
+            sample.on_device(PAPER, "cpu"), noise, descend)):
+        pass
+    for trained in (net, ema):
         w = trained.w.detach().double().numpy()[1:]
         root, rest = np.sqrt(PAPER.alpha_bar[1:]), np.sqrt(PAPER.one_minus_alpha_bar[1:])
         expected = ((w * root) ** 2 + (1 - w * rest) ** 2).mean()
         assert 0.275513 - 1e-6 < expected < 0.2775
 
 
-def test_the_gradient_step_is_clipped_adam_and_an_average_of_parameters():
-    """Ho Algorithm 1 line 5: the gradient's norm is at most 1; parameters alone are averaged."""
+def test_the_gradient_step_goes_down_the_clipped_gradient():
+    """Ho Algorithm 1, line 5: the gradient's norm is at most grad_clip, whatever was left before."""
+    net, config = Linear(3), Config(lr=0.1, steps=1000, warmup=1, grad_clip=2.0, decay=False)
+    optimizer = torch.optim.SGD(net.parameters(), lr=9)       # whose step is lr times the gradient
+    for step in (1, 2):
+        train.gradient_step((net.w * torch.tensor([0.0, 300.0, 0.0, 400.0])).sum(), net, optimizer,
+                            step, config)
+        np.testing.assert_allclose(net.w.detach(), step * np.array([0, -0.12, 0, -0.16]), atol=1e-6)
+
+
+def test_the_average_follows_the_parameters_alone():
+    """EMA: d = min(decay, (1 + step)/(10 + step)); buffers are left alone."""
     net, ema = Linear(3), Linear(3)
     net.register_buffer("table", torch.ones(1))
     ema.register_buffer("table", torch.zeros(1))
-    settings = train.PRESETS["digits"] | dict(lr=0.1, steps=1000, warmup=1, ema=0.75)
-    run = train.Run(dict(train=settings), net, ema, torch.optim.SGD(net.parameters(), lr=9),
-                    torch.device("cpu"), None, 0, 1, None, None, step=1)
-    train.gradient_step(run, (net.w * torch.tensor([0.0, 300.0, 0.0, 400.0])).sum())
-    np.testing.assert_allclose(net.w.detach(),
-                               [0, -0.06, 0, -0.08], atol=1e-6)             # lr · gradient / 500
-    np.testing.assert_allclose(ema.w.detach(),
-                               net.w.detach() * (1 - 2 / 11), atol=1e-6)    # (1 + 1)/(10 + 1)
-    run.step = 500
+    nn.init.normal_(net.w)
+    train.follow(ema, net, step=1, decay=0.75)
+    np.testing.assert_allclose(ema.w.detach(), net.w.detach() * (1 - 2 / 11), atol=1e-6)
     before = ema.w.detach().clone()
-    train.gradient_step(run, 0 * net.w.sum())
+    train.follow(ema, net, step=500, decay=0.75)
     np.testing.assert_allclose(ema.w.detach(), 0.75 * before + 0.25 * net.w.detach(), atol=1e-6)
     assert ema.table == 0
 
 
 def test_the_learning_rate_rises_and_falls():
     """Warmup in a straight line; with decay down to the last step's 1/steps; without, constant."""
-    settings = dict(lr=2.0, warmup=10, steps=100, decay=True)
-    assert train.learning_rate(1, settings) == pytest.approx(0.2)
-    assert train.learning_rate(10, settings) == pytest.approx(2 * 0.91)
-    assert train.learning_rate(100, settings) == pytest.approx(2 * 0.01)
-    assert train.learning_rate(100, settings | dict(decay=False)) == 2.0
+    config = Config(lr=0.5, warmup=10, steps=100)
+    assert train.learning_rate(1, config) == pytest.approx(0.5 * 0.1)
+    assert train.learning_rate(10, config) == pytest.approx(0.5 * 0.91)
+    assert train.learning_rate(100, config) == pytest.approx(0.5 * 0.01)
+    assert train.learning_rate(100, replace(config, decay=False)) == 0.5
 
 
-# ── The U-Net ─────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("resident", [True, False])
+def test_batches_are_images_with_their_labels(resident, monkeypatch):
+    """Ho Algorithm 1, line 2: x_0 ~ q(x_0), images in [-1, 1] in any order, each with its label;
+    a tenth of the labels is dropped, one by one, and half of the images mirrored.
+    """
+    monkeypatch.setattr(train, "RESIDENT", resident * 10**6)
+    images = np.zeros((40, 2, 2, 3), np.uint8)                  # image k: 5 k, its right half 255
+    images[:] = 5 * np.arange(40)[:, None, None, None]
+    images[:, :, 1] = 255
+    config = Config(batch=400, num_classes=7, flip=True)
+    next_batch = train.batches(images, np.arange(40) % 7, config, SharedGenerator(0),
+                               torch.device("cpu"))
+    batches = [next_batch() for _ in range(20)]
+    x0, label = (torch.cat(parts) for parts in zip(*batches))
+    assert x0.shape == (8000, 3, 2, 2) and x0.min() == -1 and x0.max() == 1
+    flipped = x0[:, 0, 0, 0] == 1
+    k = torch.round((torch.where(flipped, x0[:, 0, 0, 1], x0[:, 0, 0, 0]) + 1) * 127.5 / 5).long()
+    dropped = label == 7
+    assert torch.equal(label[~dropped], k[~dropped] % 7)
+    for found, expected in ((flipped, 0.5), (dropped, 0.1)):        # five standard errors of 8000
+        assert abs(found.float().mean() - expected) < 5 * math.sqrt(expected * (1 - expected) / 8000)
+    assert all(0 < (label == 7).sum() < 400 for _, label in batches)
+    assert np.bincount(k, minlength=40).min() > 100                 # of 200 each
+    assert len({tuple(x0.flatten().tolist()) for x0, _ in batches}) == 20
+    plain = train.batches(images, None, Config(batch=400), SharedGenerator(0), torch.device("cpu"))
+    x0, label = plain()
+    assert label is None and torch.all(x0[:, :, :, 1] == 1)
+
+
+# ── The U-Net ───────────────────────────────────────────────────────────────────────────────────────
 
 def test_the_paper_s_network_has_the_paper_s_size():
     """Ho appendix B: 35.7 million parameters for CIFAR10, to the last; 113.7 million at 256x256."""
+    paper = PRESETS["cifar10"]
     with torch.device("meta"):
-        assert parameters(UNet()) == 35_746_307
-        assert parameters(UNet(256, multipliers=(1, 1, 2, 2, 4, 4))) == 113_673_219
+        assert parameters(UNet(paper)) == 35_746_307
+        assert parameters(UNet(replace(paper, image_shape=(3, 256, 256),
+                                       channel_mult=(1, 1, 2, 2, 4, 4)))) == 113_673_219
 
 
 def test_the_time_embedding_is_sines_then_cosines():
@@ -997,7 +1218,7 @@ def test_downsampling_pads_right_and_bottom_only():
 def test_an_untrained_network_predicts_no_noise_and_every_parameter_counts():
     """Ho appendix B: the output begins at 0; with any other weights, every one is used."""
     torch.manual_seed(0)
-    net = UNet(8, 1, 8, (1, 2), 1, (4,), 0.0, 3, 4)
+    net = UNet(SMALL)
     x, t, label = torch.randn(4, 1, 8, 8), torch.tensor([1, 5, 9, 1000]), torch.tensor([0, 1, 2, 3])
     assert torch.count_nonzero(net(x, t, label)) == 0
     channels = net.middle[0].attention.proj.in_features
@@ -1019,32 +1240,22 @@ def test_the_network_sees_t_and_the_label():
         assert min((outputs[i] - outputs[j]).abs().max() for i in range(4) for j in range(i)) > 1e-4
 
 
-@pytest.mark.parametrize("size, channels, patch", [
-    ((8, 8), 1, 1), ((12, 20), 3, 1), ((28, 28), 1, 2), ((32, 32), 3, 4)])
-def test_any_size_that_can_be_halved(size, channels, patch):
+@pytest.mark.parametrize("shape, patch", [((1, 8, 8), 1), ((3, 12, 20), 1), ((1, 28, 28), 2),
+                                          ((3, 32, 32), 4)])
+def test_any_size_that_can_be_halved(shape, patch):
     """Ho appendix B: the output has the input's shape; other sizes are refused in words."""
-    net = small_unet(size=size[0], channels=channels, labels=0, patch=patch)
-    x = torch.randn(2, channels, *size)
+    net = small_unet(image_shape=shape, num_classes=0, patch_size=patch)
+    x = torch.randn(2, *shape)
     assert net(x, torch.tensor([1, 2])).shape == x.shape
     with pytest.raises(ValueError, match=f"multiples of {2 * patch}"):
         net(x[:, :, 1:], torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="multiples of"):
+        UNet(replace(SMALL, image_shape=(shape[0], shape[1] + 1, shape[2])))
     with pytest.raises(ValueError, match="groups"):
-        UNet(width=100)
+        UNet(replace(SMALL, model_channels=102))
 
 
-# ── Algorithm 2 and the other samplers ────────────────────────────────────────────────────────────
-
-def step_arguments(schedule, t, device="cpu", seed=0):
-    """x_t, ε_θ, the x̂_0 it implies, one from before, and z: in NumPy and in PyTorch."""
-    both = [batch_of(seed + i, 2, 1, 3, 3, device=device) for i in range(4)]
-    (x_t, x_t32), (eps, eps32), (before, before32), (z, z32) = both
-    x0 = ddpm.x0_from_eps(x_t, t, eps, schedule)
-    x0_32 = torch.tensor(x0, dtype=torch.float32, device=device)
-    return (x_t, eps, x0, before, z), (x_t32, eps32, x0_32, before32, z32)
-
-
-mild = st.lists(st.floats(0.001, 0.7), min_size=1, max_size=6).map(schedule_of)
-
+# ── Algorithm 2: sampling ───────────────────────────────────────────────────────────────────────────
 
 @on_every_device
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
@@ -1052,151 +1263,14 @@ mild = st.lists(st.floats(0.001, 0.7), min_size=1, max_size=6).map(schedule_of)
 def test_torch_reverse_step_is_numpy_s(device, variance, schedule, data):
     """Ho (1, 11), N8, V6: one step of Algorithm 2, with the same noise, σ_t² = β_t and β̃_t."""
     t = data.draw(st.integers(1, schedule.T))
-    (x_t, eps, x0, before, z), (x_t32, eps32, x0_32, before32, z32) = step_arguments(
-        schedule, t, device)
+    (x_t, eps, _, _, z), (x_t32, eps32, _, _, z32) = step_arguments(schedule, t, device)
     sigma2 = posterior.reverse_variance(variance, schedule)[t]
-    found = sample.ddpm_step(x_t32, t, eps32, x0_32, before32, z32 * (t > 1),
-                             sample.on_device(schedule, device), variance)
+    found = sample.ddpm_step(x_t32, t, eps32, z32 * (t > 1), sample.on_device(schedule, device),
+                             variance)
     near32(found, reverse_step(x_t, eps, t, z, sigma2, schedule), condition=10)
 
 
-@on_every_device
-@given(schedule=mild, data=st.data())
-def test_ddim_with_eta_1_is_the_posterior(device, schedule, data):
-    """DDIM: η = 1 is a draw from q(x_{t−1}|x_t, x̂_0), Ho (6, 7), exactly."""
-    t = data.draw(st.integers(1, schedule.T))
-    (x_t, eps, x0, before, z), (x_t32, eps32, x0_32, before32, z32) = step_arguments(
-        schedule, t, device)
-    found = sample.ddim_step(x_t32, t, eps32, x0_32, before32, z32,
-                             sample.on_device(schedule, device), eta=1.0)
-    near32(found, draw(*posterior.posterior(x_t, x0, t, schedule), z), condition=10)
-
-
-@given(schedule=mild, data=st.data(), eta=st.floats(0, 1))
-def test_ddim_keeps_the_marginal_for_any_eta(schedule, data, eta):
-    """DDIM: for the true x_0, √(1−ᾱ_{t−1}−σ²) ε + σ z has variance 1 − ᾱ_{t−1}:
-    x_{t−1} is from q(x_{t−1}|x_0).
-    """
-    t = data.draw(st.integers(1, schedule.T))
-    tables = Schedule(*map(torch.tensor, schedule))
-    eps, z, x0 = torch.eye(3, dtype=torch.float64)         # three images, each fed one of the three
-    x_t = tables.alpha_bar[t].sqrt() * x0 + tables.one_minus_alpha_bar[t].sqrt() * eps
-    found = sample.ddim_step(x_t, t, eps, x0, None, z, tables, eta).numpy()
-    near((found[:2] ** 2).sum(), schedule.one_minus_alpha_bar[t - 1], scale=1e-3)
-    near(found[2], math.sqrt(schedule.alpha_bar[t - 1]))
-    near(found[1] ** 2, eta ** 2 * (beta_tilde(t, schedule)), scale=1e-3)
-
-
-@on_every_device
-@given(schedule=st.lists(st.floats(0.001, 0.7), min_size=3, max_size=6).map(schedule_of),
-       data=st.data())
-def test_dpm_is_its_published_formula_and_with_eta_1_a_posterior_draw(device, schedule, data):
-    """DPM: D looks half a step of λ ahead; then Lu's step, or with η = 1 a draw from
-    q(x_{t−1}|x_t, D).
-    """
-    t = data.draw(st.integers(2, schedule.T - 1))
-    (x_t, eps, x0, before, z), (x_t32, eps32, x0_32, before32, z32) = step_arguments(
-        schedule, t, device)
-    past, now, ahead = (math.log(ddpm.snr(u, schedule)) / 2 for u in (t + 1, t, t - 1))
-    D = x0 + (x0 - before) * ((ahead - now) / 2) / (now - past)
-    (scale, variance), (_, variance_t) = (q_marginal(1.0, u, schedule) for u in (t - 1, t))
-    exact = (math.sqrt(variance / variance_t) * x_t - scale * math.expm1(now - ahead) * D,
-             draw(*posterior.posterior(x_t, D, t, schedule), z))
-    # r is a quotient of differences of λ, and D magnifies its rounding
-    digits_lost = max(abs(past), abs(ahead), 1) / min(ahead - now, now - past)
-    condition = 10 + np.abs(D - x0).max() / np.abs(D).max() * digits_lost
-    for eta, result in zip((0.0, 1.0), exact):
-        found = sample.dpm_step(x_t32, t, eps32, x0_32, before32, z32,
-                                sample.on_device(schedule, device), eta)
-        near32(found, result, condition)
-
-
-@given(schedule=mild, data=st.data())
-def test_the_first_dpm_step_is_ddim(schedule, data):
-    """DPM: with no x̂_0 before, and in the last step, DPM-Solver++ is DDIM with η = 0."""
-    t = data.draw(st.integers(1, schedule.T))
-    _, (x_t, eps, x0, before, z) = step_arguments(schedule, t)
-    tables = sample.on_device(schedule, "cpu")
-    ddim = sample.ddim_step(x_t, t, eps, x0, None, z, tables).numpy()
-    near32(sample.dpm_step(x_t, t, eps, x0, None, z, tables), ddim, condition=10)
-    near32(sample.dpm_step(x_t, 1, eps, x0, before, z, tables), x0.numpy())
-
-
-@given(schedule=st.lists(st.floats(0.001, 0.7), min_size=2, max_size=6).map(schedule_of),
-       data=st.data())
-def test_dpm_is_exact_where_the_prediction_does_not_change(schedule, data):
-    """DPM: for constant x̂_0 the step lands on √ᾱ_{t−1} x̂_0 + σ_{t−1}/σ_t (x_t − √ᾱ_t x̂_0),
-    for any step sizes.
-    """
-    t = data.draw(st.integers(1, schedule.T))
-    tables = Schedule(*map(torch.tensor, schedule))
-    x_t, x0 = (torch.tensor([0.3, -1.2], dtype=torch.float64),
-               torch.tensor([0.5, 0.25], dtype=torch.float64))
-    before = x0 if t < schedule.T else None
-    found = sample.dpm_step(x_t, t, None, x0, before, torch.zeros(2), tables)
-    (mean, variance), (mean_prev, variance_prev) = (q_marginal(x0.numpy(), u, schedule)
-                                                    for u in (t, t - 1))
-    near(found.numpy(), mean_prev + math.sqrt(variance_prev / variance) * (x_t.numpy() - mean),
-         condition=100, scale=3)
-
-
-def gaussian_walk(step, schedule, s2, units):
-    """The last image of sample.walk with the exact ε* for N(0, s²) data, in float64."""
-    tables, noises = Schedule(*map(torch.tensor, schedule)), iter(units)
-    predict = sample.predict_with(lambda x_t, t: best_eps(x_t, t, 0.0, s2, tables), tables,
-                                  clip=False)
-    *_, x0 = sample.walk(predict, next(noises), tables, step, lambda: next(noises))
-    return x0
-
-
-@pytest.mark.parametrize("step, s2, result", [
-    ("beta", 1.0, 0.999900), ("beta", 0.25, 0.250752),
-    ("beta_tilde", 1.0, 0.991067), ("beta_tilde", 0.25, 0.246125),
-    ("ddim", 1.0, 0.996252), ("ddim", 0.25, 0.248498)])
-def test_the_walk_on_gaussian_data(step, s2, result):
-    """Algorithm 2, N8, DDIM: with the exact ε* the output variance is known to six digits,
-    image k fed noise k.
-    """
-    def chosen(*arguments):
-        if step == "ddim":
-            return sample.ddim_step(*arguments)
-        return sample.ddpm_step(*arguments, variance=step)
-    x0 = gaussian_walk(chosen, PAPER, s2=s2, units=torch.eye(1000, dtype=torch.float64))
-    assert (x0 ** 2).sum().item() == pytest.approx(result, abs=1e-6)
-
-
-def test_orders_of_the_solvers():
-    """DDIM is of order 1, DPM-Solver++(2M) of order 2:
-    half the step, half (a quarter of) the error, from 80 steps on.
-    """
-    m, s2, x_T = 0.3, 0.25, torch.tensor([1.0], dtype=torch.float64)
-    fine = linear(12800, 1e-4 / 12.8, 0.02 / 12.8)
-    errors = {}
-    for name, step in (("ddim", sample.ddim_step), ("dpm", sample.dpm_step)):
-        for steps in (80, 160, 320):
-            # end at t_1 = 1/80 of the way, where λ is finite:
-            # what is left is one first-order step for both
-            times = np.concatenate(
-                [[0], np.linspace(12800 // 80, 12800, steps + 1).round().astype(int)])
-            short = ddpm.respaced(fine, times)
-            tables = Schedule(*map(torch.tensor, short))
-            predict = sample.predict_with(lambda x_t, t: best_eps(x_t, t, m, s2, tables), tables,
-                                          clip=False)
-            *_, x_1, _ = sample.walk(predict, x_T, tables, step, lambda: torch.zeros_like(x_T))
-            v = [ddpm.variance_at(t, s2, short) for t in (short.T, 1)]
-            root = np.sqrt(short.alpha_bar[[short.T, 1]])
-            # the flow scales with √v
-            exact = root[1] * m + math.sqrt(v[1] / v[0]) * (1.0 - root[0] * m)
-            errors[name, steps] = abs(x_1.item() - exact)
-    assert errors["ddim", 80] / errors["ddim", 160] == pytest.approx(2, abs=0.1)
-    assert errors["ddim", 160] / errors["ddim", 320] == pytest.approx(2, abs=0.1)
-    assert errors["dpm", 80] / errors["dpm", 160] == pytest.approx(4, abs=0.5)
-    assert errors["dpm", 160] / errors["dpm", 320] == pytest.approx(4, abs=0.4)
-    assert errors["dpm", 80] < errors["ddim", 320]
-
-
-CONFIG = dict(schedule=dict(kind="linear", T=12, beta_1=0.01, beta_T=0.3), shape=[1, 8, 8],
-              float32=True)
+WALK = replace(SMALL, T=12, beta_1=0.01, beta_T=0.3, float32=True, num_classes=0)
 
 
 @on_every_device
@@ -1205,8 +1279,9 @@ CONFIG = dict(schedule=dict(kind="linear", T=12, beta_1=0.01, beta_T=0.3), shape
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_whole_walk_through_a_network_is_numpy_s(device, clip, variance, seed):
     """Algorithm 2, N4, N8: generate() against reverse_step: same network, same noise, every x_t."""
-    net, schedule = small_unet(seed, labels=0).to(device), linear(12, 0.01, 0.3)
-    found = list(sample.generate(net, CONFIG, range(5, 7), seed, variance=variance, clip=clip))
+    net, schedule = small_unet(seed, num_classes=0).to(device), linear(12, 0.01, 0.3)
+    sampling = Sampling(variance=variance, clip=clip, seed=seed)
+    found = list(sample.generate(net, WALK, sampling, range(5, 7)))
     assert len(found) == 13
     streams = [np.random.default_rng((seed, i)) for i in (5, 6)]
     x_t = np.stack([s.standard_normal((1, 8, 8), dtype=np.float32)
@@ -1228,57 +1303,43 @@ def test_the_whole_walk_through_a_network_is_numpy_s(device, clip, variance, see
 
 
 def test_clipping_changes_the_mean_it_claims_to_change():
-    """Ho (10, 15): with clip, x̂_0 stays in [-1, 1] and the mean is the posterior's with that x̂_0;
-    without, not.
-    """
+    """Ho (10, 15): with clip the mean is the posterior's with x̂_0 in [-1, 1]; without, with x̂_0."""
     tables, x_t = sample.on_device(PAPER, "cpu"), torch.full((1, 1, 2, 2), 5.0)
-    for clip in (True, False):
-        eps, x0 = sample.predict_with(lambda x_t, t: 0 * x_t, tables, clip)(x_t, 900)
-        assert (x0.abs().max() <= 1) == clip
-        mean = sample.ddpm_step(x_t, 900, eps, x0, None, torch.zeros_like(x_t), tables)
-        near32(mean, posterior.posterior(x_t.numpy(), x0.numpy().astype(float), 900, PAPER)[0],
-               condition=10)
-
-
-@given(st.integers(1, 1000), st.data())
-@example(1, None)
-@example(1000, None)
-def test_the_times_are_distinct_and_go_from_0_to_T(T, data):
-    """DDIM: N steps stand at N different times for any N ≤ T, evenly in √t where there is room."""
-    steps = data.draw(st.integers(1, T)) if data else T
-    tau = sample.times(T, steps)
-    assert tau[0] == 0 and tau[-1] == T and len(tau) == steps + 1 and np.all(np.diff(tau) >= 1)
-    for i, t in enumerate(tau.tolist()):
-        assert t == i or abs(t - Fraction(T * i * i, steps * steps)) <= Fraction(1, 2)
-    assert sample.times(1000, 10).tolist() == [0, 10, 40, 90, 160, 250, 360, 490, 640, 810, 1000]
+    x0 = 5 / math.sqrt(PAPER.alpha_bar[900])
+    for clip, x0_hat in ((True, 1.0), (False, x0)):
+        for name in ("ddpm", "ddim"):
+            sampling = Sampling(name, clip=clip, eta=None if name == "ddpm" else 1.0)
+            step = sample.sampler_step(lambda x_t, t: 0 * x_t, tables, sampling)
+            near32(step(x_t, 900, torch.zeros_like(x_t)), np.full(
+                x_t.shape, posterior.posterior(5.0, x0_hat, 900, PAPER)[0]), condition=10)
 
 
 class Half(nn.Module):
-    """ε_θ = x_t/2: no network, but one that `generate` can call."""
-
-    labels = 0
+    """ε_θ = x_t/2: no network, but one that `generate` can call, and a record of its calls."""
 
     def __init__(self):
         super().__init__()
-        self.factor = nn.Parameter(torch.tensor(0.5))
+        self.factor, self.calls = nn.Parameter(torch.tensor(0.5)), []
 
-    def forward(self, x_t, t, label):
+    def forward(self, x_t, t, label=None):
+        self.calls.append((x_t, t, label))
         return self.factor * x_t
 
 
+POINT = Config(image_shape=(1, 1, 1), float32=True)
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "dpm"])
-@given(st.fixed_dictionaries(dict(kind=st.just("cosine"), T=st.integers(1, 4000)))
-       | st.fixed_dictionaries(dict(kind=st.just("linear"), T=st.integers(1, 4000),
-                                    beta_T=st.floats(0.001, 0.5))),
+@given(st.builds(dict, schedule=st.just("cosine"), T=st.integers(1, 4000))
+       | st.builds(dict, T=st.integers(1, 4000), beta_T=st.floats(0.001, 0.5)),
        st.integers(1, 30), st.floats(0, 1))
-@example(dict(kind="cosine", T=1000), 5, 1.0)                 # 1 − ᾱ − σ² rounds below 0
-@example(dict(kind="linear", T=1000, beta_T=0.5), 20, 1.0)       # ᾱ_t is 0 in float32, twice
-@example(dict(kind="linear", T=1000, beta_T=0.5), 20, 0.0)
+@example(dict(schedule="cosine", T=1000), 5, 1.0)                 # 1 − ᾱ − σ² rounds below 0
+@example(dict(T=1000, beta_T=0.5), 20, 1.0)                       # ᾱ_t is 0 in float32, twice
+@example(dict(T=1000, beta_T=0.5), 20, 0.0)
 def test_no_schedule_leads_to_an_image_that_is_no_number(sampler, schedule, steps, eta):
     """DDIM, DPM: whatever rounds to zero or below in float32, every x_t is finite."""
-    config = dict(schedule=schedule, shape=[1, 1, 1], float32=True)
-    walk = sample.generate(Half(), config, range(1), sampler=sampler, eta=eta,
-                           steps=min(steps, schedule["T"]))
+    sampling = Sampling(sampler, steps=steps, eta=eta)
+    walk = sample.generate(Half(), replace(POINT, **schedule), sampling, range(1))
     assert all(torch.isfinite(x_t).all() for x_t in walk)
 
 
@@ -1288,29 +1349,15 @@ def test_no_schedule_leads_to_an_image_that_is_no_number(sampler, schedule, step
 def test_any_number_of_steps_calls_the_network_that_often(sampler, T, data):
     """DDIM, DPM: N steps from 1 to T: N calls, from T down, no t twice, and the walk ends at 0."""
     steps = data.draw(st.integers(1, T)) if data else 1
-    net, called = Half(), []
-    net.register_forward_pre_hook(lambda net, inputs: called.append(inputs[1][0].item()))
-    config = dict(schedule=dict(kind="linear", T=T, beta_1=0.01, beta_T=0.3), shape=[1, 2, 2],
-                  float32=False)
-    images = list(sample.generate(net, config, range(2), sampler=sampler, steps=steps))
-    assert len(images) == steps + 1 and all(torch.isfinite(x).all() for x in images)
-    assert called[0] == T and len(called) == steps and min(called) >= 1
-    assert called == sorted(set(called), reverse=True)
-    called.clear()
-    list(sample.generate(net, config | dict(first_t=0), range(1), sampler=sampler, steps=steps))
-    assert called[0] == T - 1                     # published networks count from 0
-
-
-def test_every_image_keeps_its_label_in_full_sixteens():
-    """CFG, determinism: the network sees whole sixteens, image k of them with label k."""
-    for count in (1, 16, 17, 32):
-        net, seen, label = Half(), [], torch.arange(count) % 5
-        net.register_forward_pre_hook(lambda net, inputs: seen.append(inputs))
-        list(sample.generate(net, CONFIG, range(count), steps=2, label=label))
-        assert len(seen) == 2
-        for x_t, t, labels in seen:
-            assert len(x_t) == len(t) == len(labels) == (16 if count <= 16 else 32)
-            assert torch.equal(labels[:count], label)
+    config, sampling = replace(POINT, T=T, beta_1=0.01, beta_T=0.3), Sampling(sampler, steps=steps)
+    for first_t in (1, 0):                                    # published networks count from 0
+        net = Half()
+        images = list(sample.generate(net, replace(config, first_t=first_t), sampling, range(2)))
+        called = [t[0].item() for _, t, _ in net.calls]
+        assert len(images) == steps + 1 and all(torch.isfinite(x).all() for x in images)
+        assert called == [t - 1 + first_t for t in sample.times(T, steps)[:0:-1]]
+    assert Sampling(sampler).calls(T) == Sampling(sampler, steps=999).calls(T) or sampler == "dpm"
+    assert Sampling("dpm").calls(1000) == 20 and Sampling("dpm").calls(7) == 7
 
 
 @on_every_device
@@ -1323,7 +1370,8 @@ def test_guidance_is_the_line_through_two_predictions(device):
         null, conditional = net(x_t, t, torch.full_like(label, 3)), net(x_t, t, label)
         for s in (0.0, 1.0, 0.5, 3.0):
             expected = (1 - s) * null + s * conditional
-            near32(sample.guided(net, x_t, t, label, s), expected.cpu().numpy(), condition=10)
+            near32(sample.guided(net, x_t, t, label, s, null=3), expected.cpu().numpy(),
+                   condition=10)
     x0 = [ddpm.x0_from_eps(x_t.cpu().numpy(), 5, e.cpu().numpy(), PAPER)
           for e in (null, conditional)]
     near32(torch.tensor(x0[0] + 3 * (x0[1] - x0[0])), ddpm.x0_from_eps(
@@ -1332,70 +1380,113 @@ def test_guidance_is_the_line_through_two_predictions(device):
 
 
 def test_guidance_costs_twice_only_where_it_needs_both():
-    """CFG: s = 0, s = 1 and no labels at all see each image once, any other s sees it twice."""
-    x_t, t, label, seen = torch.zeros(3, 1, 8, 8), torch.ones(3), torch.tensor([0, 1, 2]), []
-    for net, labels in ((small_unet(), label), (small_unet(labels=0), None)):
-        net.register_forward_hook(lambda net, inputs, eps: seen.append(len(eps)))
-        for s in (0.0, 1.0, 2.0):
-            sample.guided(net, x_t, t, labels, s)
-    assert seen == [3, 3, 6, 3, 3, 3]
-
-
-@pytest.mark.parametrize("resample", [1, 3])
-def test_inpainting_keeps_what_is_known(resample):
-    """RePaint: known pixels follow q(x_{t−1}|x_0) with its variance at every step,
-    and come out exact at t = 0.
+    """CFG: s = 0, s = 1 and no labels at all see each image once, any other s sees it twice; each
+    image keeps its label, and the second half is without.
     """
-    net, schedule = small_unet(labels=0), linear(12, 0.01, 0.3)
-    known = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8).repeat(400, 1, 1, 1)
-    keep = torch.from_numpy(sample.mask("left", 8, 8))
-    walk = list(sample.generate(net, CONFIG, range(400), known=known, keep=keep, resample=resample))
-    assert torch.equal(walk[-1][:, :, keep], known[:, :, keep])
-    assert not torch.isclose(walk[-1], known)[:, :, ~keep].all()
+    config, label = replace(POINT, num_classes=5), torch.tensor([3, 0, 4])
+    for s, rows, labels in ((0.0, 3, [5, 5, 5]), (1.0, 3, [3, 0, 4]), (2.0, 6, [5, 5, 5, 3, 0, 4])):
+        net = Half()
+        list(sample.generate(net, config, Sampling(guidance=s, steps=2), range(3), label))
+        assert len(net.calls) == 2 and [c[2].tolist() for c in net.calls] == [labels, labels]
+        assert all(len(x_t) == len(t) == rows for x_t, t, _ in net.calls)
+    net = Half()
+    list(sample.generate(net, POINT, Sampling(guidance=2.0, steps=2), range(3)))
+    assert [(len(x_t), label) for x_t, _, label in net.calls] == [(3, None)] * 2
+
+
+# ── Completion ──────────────────────────────────────────────────────────────────────────────────────
+
+KINDS = ("left", "right", "top", "bottom", "centre", "coarse")
+
+
+@pytest.mark.parametrize("keep", KINDS)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
+def test_what_is_kept_is_a_projection(keep, rows, columns, seed):
+    """completion: P is linear, P P = P, and it keeps what it says: the named half, the centre, or
+    the means over 4 x 4 pixels.
+    """
+    height, width = 4 * rows, 4 * columns
+    P = sample.projection(keep, height, width)
+    (x, x32), (_, y32) = batch_of(seed, 2, 3, height, width), batch_of(seed + 1, 2, 3, height, width)
+    near32(P(P(x32)), P(x32).numpy())
+    near32(P(2 * x32 - y32), (2 * P(x32) - P(y32)).numpy(), condition=3)
+    expected = np.zeros_like(x)
+    for i in range(height):
+        for j in range(width):
+            known = dict(left=j < width / 2, right=j >= width / 2, top=i < height / 2,
+                         bottom=i >= height / 2, coarse=True,
+                         centre=abs(i + 0.5 - height / 2) < height / 4
+                         and abs(j + 0.5 - width / 2) < width / 4)[keep]
+            block = np.s_[:, :, i // 4 * 4:i // 4 * 4 + 4, j // 4 * 4:j // 4 * 4 + 4]
+            expected[:, :, i, j] = known * (x[block].mean((2, 3)) if keep == "coarse"
+                                            else x[:, :, i, j])
+    near32(P(x32), expected)
+
+
+def test_a_coarse_image_needs_whole_blocks():
+    """completion: sides that are no multiples of 4 have no 4 x 4 means."""
+    with pytest.raises(ValueError, match="multiples of 4"):
+        sample.projection("coarse", 8, 6)
+
+
+@pytest.mark.parametrize("keep", KINDS)
+@pytest.mark.parametrize("resample", [1, 3])
+def test_completion_keeps_what_is_known(keep, resample):
+    """completion: P x_t follows P q(x_t|x_0), its mean and variance, at every step, and at t = 0 it
+    is P x_0; the rest differs.
+
+    Five standard errors of at least 3,200 draws: a false alarm once in 10⁶, and a mean off by 0.1
+    or a variance by an eighth is found.
+    """
+    schedule, P = linear(12, 0.01, 0.3), sample.projection(keep, 8, 8)
+    known = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8).repeat(800, 1, 1, 1)
+    sampling = Sampling("dpm", keep=keep, resample=resample, steps=12)
+    walk = list(sample.generate(Half(), WALK, sampling, range(800), known=known))
+    near32(P(walk[-1]), P(known).numpy())
+    assert (walk[-1] - known - P(walk[-1] - known)).abs().mean() > 0.1
+    deviation = 0.25 if keep == "coarse" else 1.0                # of the mean over 16 pixels
+    grid = np.s_[:, 0, ::4, ::4] if keep == "coarse" else np.s_[:, 0, P(torch.ones(1, 1, 8, 8))[0, 0] > 0]
     for t in (11, 6, 1):
-        mean, variance = q_marginal(known[0, 0, keep].double().numpy(), t, schedule)
-        z = (walk[12 - t][:, 0, keep].double().numpy() - mean) / math.sqrt(variance)
-        count = z.size                                       # 12,800 draws: five standard errors
-        assert abs(z.mean()) < 5 / math.sqrt(count) and abs(z.var() - 1) < 5 * math.sqrt(2 / count)
+        mean, variance = q_marginal(P(known)[grid].double().numpy(), t, schedule)
+        z = (P(walk[12 - t])[grid].double().numpy() - mean) / math.sqrt(variance) / deviation
+        assert abs(z.mean()) < 5 / math.sqrt(z.size) and abs(z.var() - 1) < 5 * math.sqrt(2 / z.size)
 
 
-@pytest.mark.parametrize("step", [sample.ddpm_step, sample.ddim_step, sample.dpm_step])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
 @given(schedule=mild, data=st.data())
-def test_where_nothing_is_known_repaint_is_the_plain_step(step, schedule, data):
-    """RePaint: the unknown pixels are a step of the sampler inside, without x̂_0 before: that one
-    is of another path.
+def test_where_nothing_is_known_completion_is_the_plain_step(sampler, schedule, data):
+    """completion: the rest is a step of the sampler inside; dpm's without the x̂_0 before, which is
+    of another path: that is DDIM's.
     """
     t = data.draw(st.integers(1, schedule.T))
-    _, (x_t, eps, x0, before, z) = step_arguments(schedule, t)
-    tables, nothing = sample.on_device(schedule, "cpu"), torch.zeros(x_t.shape[2:]).bool()
-    found = sample.repaint_step(x_t, t, eps, x0, before, z, tables, step, None,
-                                lambda: torch.ones_like(x_t), known=x0, keep=nothing)
-    assert torch.equal(found, step(x_t, t, eps, x0, None, z, tables))
+    _, (x_t, eps, x0, _, z) = step_arguments(schedule, t)
+    tables = sample.on_device(schedule, "cpu")
+    step = sample.sampler_step(lambda x_t, t: eps, tables, Sampling(sampler, keep="left", clip=False))
+    step(z, t, z)                                                         # another path
+    found = sample.completed(step, x0, lambda x: 0 * x, tables, lambda: z)(x_t, t, z)
+    expected = (sample.ddpm_step(x_t, t, eps, z, tables) if sampler == "ddpm" else
+                sample.ddim_step(x_t, t, sample.x0_from_eps(x_t, t, eps, tables), z, tables,
+                                 eta=float(sampler == "dpm")))
+    assert torch.equal(found, expected)
 
 
 def test_resampling_goes_back_by_the_forward_step():
     """RePaint, Ho (2): between rounds x_t is a draw from q(x_t|x_{t−1}), with this step's β_t, and
-    the network sees it anew; from x_0 there is no way back.
+    the step is taken from there with fresh noise; from x_0 there is no way back.
     """
     def image(value):
         return torch.full((1, 1, 2, 2), value)
-
-    def step(x_t, t, eps, x0, before, z, schedule):
-        assert before is None
-        walked.append([t, *(float(a.mean()) for a in (x_t, eps, x0, z))])
-        return image(2.0)
-
-    def predict(x_t, t):
-        return x_t + 10, x_t + 20
     tables = sample.on_device(schedule_of([0.1, 0.36, 0.2]), "cpu")
-    for t, rounds in ((2, [[2, -1.0, -2.0, -3.0, -5.0],
-                           # √0.64 x_{t−1} + √0.36 · second noise; the third is the z of this step
-                           [2, 2.8, 12.8, 22.8, 3.0]]),
-                      (1, [[1, -1.0, -2.0, -3.0, -5.0]] * 2)):
+    for t, rounds in ((2, [[2, -1.0, -5.0], [2, 0.8 * 2 + 0.6 * 2, 3.0]]),
+                      (1, [[1, -1.0, -5.0]] * 2)):
         walked, noises = [], iter(map(image, [1.0, 2.0, 3.0, 4.0]))
-        sample.repaint_step(image(-1.0), t, image(-2.0), image(-3.0), image(-4.0), image(-5.0),
-                            tables, step, predict, lambda: next(noises), known=image(0.0),
-                            keep=torch.zeros(2, 2, dtype=torch.bool), resample=2)
+
+        def step(x_t, t, z):
+            walked.append([t, float(x_t.mean()), float(z.mean())])
+            return image(2.0)
+        complete = sample.completed(step, image(0.0), lambda x: 0 * x, tables,
+                                    lambda: next(noises), resample=2)
+        complete(image(-1.0), t, image(-5.0))
         np.testing.assert_allclose(walked, rounds, rtol=1e-6)
 
 
@@ -1403,31 +1494,30 @@ def test_every_image_has_its_own_noise():
     """Determinism: picture i is the same in any batch;
     the noise is N(0, 1) and differs between images and seeds.
     """
-    together = sample.noise_of(3, range(64), (1, 16, 16), "cpu")
-    apart = [sample.noise_of(3, range(i, i + 16), (1, 16, 16), "cpu") for i in range(0, 64, 16)]
+    together = image_noise(3, range(64), (1, 16, 16), "cpu")
+    apart = [image_noise(3, range(i, i + 16), (1, 16, 16), "cpu") for i in range(0, 64, 16)]
     for _ in range(3):
         z = together()
         assert torch.equal(z, torch.cat([noise() for noise in apart]))
     assert abs(z.mean()) < 5 / 128 and abs(z.var() - 1) < 5 * math.sqrt(2) / 128      # 16,384 draws
     assert len({tuple(image.flatten().tolist()) for image in z}) == 64
-    assert not torch.equal(sample.noise_of(4, range(64), (1, 16, 16), "cpu")(),
-                           sample.noise_of(3, range(64), (1, 16, 16), "cpu")())
+    assert not torch.equal(image_noise(4, range(64), (1, 16, 16), "cpu")(),
+                           image_noise(3, range(64), (1, 16, 16), "cpu")())
 
 
-# ── The bound, estimated ──────────────────────────────────────────────────────────────────────────
+# ── The bound, estimated ────────────────────────────────────────────────────────────────────────────
 
 def test_the_estimated_bound_is_the_closed_form_on_gaussian_data():
-    """Ho (5, 12, 13), V7: train.evaluate with the exact ε* for N(0, s²):
+    """Ho (5, 12, 13), V7: bound with the exact ε* for N(0, s²):
     its three terms within five errors.
     """
     s2, T = 0.04, 50
-    config = dict(schedule=dict(kind="linear", T=T, beta_1=1e-3, beta_T=0.3))
     schedule = linear(T, 1e-3, 0.3)
     x0 = np.rint((np.random.default_rng(0).standard_normal((400, 1, 8, 8)) * math.sqrt(s2) + 1)
                  * 127.5) / 127.5 - 1
     s2 = x0.var()
-    found = train.evaluate(lambda x_t, t, i: best_eps(x_t, t[0].item(), 0.0, s2, schedule), config,
-                           torch.tensor(x0, dtype=torch.float32), each=200)
+    found = evaluate.bound(lambda x_t, t, i: best_eps(x_t, t[0].item(), 0.0, s2, schedule),
+                           schedule, torch.tensor(x0, dtype=torch.float32), each=200)
     for variance, terms in found.items():
         sigma2 = posterior.reverse_variance(variance, schedule)
         matching = 0.0
@@ -1463,11 +1553,10 @@ def known_errors(delta, schedule, x0):
 
 def test_the_estimated_bound_is_exact_for_a_network_off_by_a_constant():
     """Ho (5, 12, 13): no noise is left in the estimate where every image has the same error."""
-    config, schedule = dict(schedule=dict(kind="linear", T=6, beta_1=0.05, beta_T=0.6)), linear(
-        6, 0.05, 0.6)
+    schedule = linear(6, 0.05, 0.6)
     x0 = (torch.arange(3 * 2 * 2) * 20).float().reshape(3, 1, 2, 2) / 127.5 - 1
     predict, calls = known_errors(torch.full((3,), 0.3), schedule, x0)
-    found = train.evaluate(predict, config, x0, each=2)
+    found = evaluate.bound(predict, schedule, x0, each=2)
     assert [t for t, _ in calls] == [2, 3, 4, 5, 6, 1, 1]
     assert [i for t, i in calls if t == 1] == [[0, 1], [2]] and len(calls[0][1]) == 2
     for variance, terms in found.items():
@@ -1486,11 +1575,10 @@ def test_the_estimated_bound_is_exact_for_a_network_off_by_a_constant():
 
 def test_the_stated_error_is_the_spread_of_the_estimates():
     """Ho (5): over 300 seeds Σ L_{t−1} scatters as much as its error says (5 standard errors)."""
-    config, schedule = dict(schedule=dict(kind="linear", T=3, beta_1=0.1, beta_T=0.2)), linear(
-        3, 0.1, 0.2)
+    schedule = linear(3, 0.1, 0.2)
     x0 = torch.zeros(8, 1, 1, 1)
     predict, _ = known_errors(torch.linspace(0.1, 3, 8), schedule, x0)
-    found = [train.evaluate(predict, config, x0, seed, each=16) for seed in range(300)]
+    found = [evaluate.bound(predict, schedule, x0, seed, each=16) for seed in range(300)]
     for variance in ("beta", "beta_tilde"):
         means, errors = zip(*(terms[variance]["L_{t-1}"] for terms in found))
         assert statistics.stdev(means) == pytest.approx(np.mean(errors), rel=5 / math.sqrt(600))

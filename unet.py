@@ -98,51 +98,51 @@ class Upsample(nn.Module):
 class UNet(nn.Module):
     """ε_θ(x_t, t): x_t (B, C, H, W) in [-1, 1] plus noise, t (B,) in 1..T → the noise (B, C, H, W).
 
-    size: the images' height; attention stands at the levels whose height is in `attention`.
-    width · multipliers: the channels of each level.
-    blocks: residual blocks per level down; up has one more.
-    labels: how many classes; the label `labels` itself means "none".  groups: of each GroupNorm.
-    patch: patch x patch pixels become the channels of one, which saves time; 1 is the paper.
-    The defaults are the paper's CIFAR10 network: 35,746,307 parameters.
+    config: the settings of support/config.py.  Each level has model_channels times its channel_mult
+    channels and num_res_blocks residual blocks, one more on the way up; attention stands at the
+    levels whose height is in attention_resolutions.  patch_size² pixels become the channels of one,
+    which saves time; 1 is the paper.  The label num_classes means "no label".
     Raises ValueError for sizes that do not fit together, and for images that it cannot halve.
     """
 
-    def __init__(self, size: int = 32, channels: int = 3, width: int = 128,
-                 multipliers: tuple = (1, 2, 2, 2), blocks: int = 2, attention: tuple = (16,),
-                 dropout: float = 0.1, labels: int = 0, groups: int = 32, patch: int = 1):
+    def __init__(self, config):
         super().__init__()
-        if width % groups or width % 2 or width < 4:
-            raise ValueError(f"width {width} must be even and a multiple of {groups} groups")
-        self.labels, self.patch, self.width = labels, patch, width
-        self.factor = patch * 2 ** (len(multipliers) - 1)
+        width, groups, patch = config.model_channels, config.num_groups, config.patch_size
+        if width % groups or width % 2:
+            raise ValueError(f"{width} model channels are no even multiple of {groups} groups")
+        self.width, self.patch, self.num_classes = width, patch, config.num_classes
+        self.factor = patch * 2 ** (len(config.channel_mult) - 1)
+        channels, size, image_width = config.image_shape
+        self.check_size(size, image_width)
         c_time, c, size = 4 * width, width, size // patch
 
         self.time = nn.Sequential(nn.Linear(width, c_time), nn.SiLU(), nn.Linear(c_time, c_time))
         self.label = None
-        if labels:       # nn.Embedding(…) on "meta" would load torch's compiler: half a second more
-            table = torch.randn(labels + 1, c_time)
+        if config.num_classes:    # nn.Embedding(…) on "meta" would load torch's compiler: half a
+            table = torch.randn(config.num_classes + 1, c_time)                        # second more
             self.label = nn.Embedding.from_pretrained(table, freeze=False)
         self.conv_in = nn.Conv2d(channels * patch ** 2, c, 3, padding=1)
+
+        def block(c_in, c_out):
+            attends = size in config.attention_resolutions
+            return Block(c_in, c_out, c_time, groups, config.dropout, attends)
         skips = [c]
-        self.down = nn.ModuleList()
-        for level, multiplier in enumerate(multipliers):
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for level, mult in enumerate(config.channel_mult):
             if level > 0:
                 self.down.append(Downsample(c))
                 skips.append(c)
                 size = size // 2
-            for _ in range(blocks):
-                self.down.append(Block(c, multiplier * width, c_time, groups, dropout,
-                                       size in attention))
-                c = multiplier * width
+            for _ in range(config.num_res_blocks):
+                self.down.append(block(c, mult * width))
+                c = mult * width
                 skips.append(c)
-        self.middle = nn.ModuleList([Block(c, c, c_time, groups, dropout, attention=True),
-                                     Block(c, c, c_time, groups, dropout, attention=False)])
-        self.up = nn.ModuleList()
-        for level, multiplier in reversed(list(enumerate(multipliers))):
-            for _ in range(blocks + 1):
-                self.up.append(Block(c + skips.pop(), multiplier * width, c_time, groups, dropout,
-                                     size in attention))
-                c = multiplier * width
+        self.middle = nn.ModuleList([Block(c, c, c_time, groups, config.dropout, attention=True),
+                                     Block(c, c, c_time, groups, config.dropout, attention=False)])
+        for level, mult in reversed(list(enumerate(config.channel_mult))):
+            for _ in range(config.num_res_blocks + 1):
+                self.up.append(block(c + skips.pop(), mult * width))
+                c = mult * width
             if level > 0:
                 self.up.append(Upsample(c))
                 size = size * 2
@@ -196,7 +196,9 @@ def parameters(net: nn.Module) -> int:
 
 
 if __name__ == "__main__":
-    paper = UNet()
+    from support.config import PRESETS
+
+    paper = UNet(PRESETS["cifar10"])
     print(paper)
     print(f"\nThe paper's CIFAR10 network: {parameters(paper):,} parameters "
           "(the paper says 35.7 million)")

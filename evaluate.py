@@ -1,0 +1,111 @@
+"""The bound on −log p(x_0) of held-out images, in bits per dimension.                    Ho (5), V7
+
+`python evaluate.py` prints its three terms for your last checkpoint.
+"""
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import posterior
+from ddpm import Schedule
+from sample import on_device, q_sample, schedule_from
+from support.checkpoint import load_network
+from support.console import Parser, Progress, one_line_errors
+from support.devices import autocast, choose_device
+from support.images import held_out_images, to_batch
+
+
+@torch.no_grad()
+def squared_errors(predict: Callable, schedule: Schedule, x0: Tensor, seed: int, each: int):
+    """‖ε − ε_θ(x_t, t)‖² of `each` random images for every t > 1; x_1 and ε_θ(x_1, 1) of all.
+
+    predict(x_t, t, i): ε_θ for images i of x0 (N, C, H, W).  Returns (T+1, each), x_1, ε_θ.
+    """
+    tables, progress = on_device(schedule, x0.device), Progress()
+    generator = torch.Generator(x0.device).manual_seed(seed)
+
+    def noisy(i, t):
+        eps = torch.randn(x0[i].shape, device=x0.device, generator=generator)
+        x_t = q_sample(x0[i], t, eps, tables)
+        return eps, x_t, predict(x_t, torch.full((len(x_t),), t, device=x0.device), i)
+
+    errors = np.zeros((schedule.T + 1, each))
+    for t in range(2, schedule.T + 1):
+        i = torch.randint(len(x0), (each,), device=x0.device, generator=generator)
+        eps, _, eps_hat = noisy(i, t)
+        errors[t] = (eps - eps_hat).square().mean((1, 2, 3)).cpu().numpy()
+        progress(f"the bound: t = {t} of {schedule.T}", last=t == schedule.T)
+    parts = [noisy(i, 1)[1:] for i in torch.arange(len(x0), device=x0.device).split(each)]
+    return errors, *(torch.cat(part).cpu().double().numpy() for part in zip(*parts))
+
+
+def bound(predict: Callable, schedule: Schedule, x0: Tensor, seed: int = 0, each: int = 32) -> dict:
+    """L_T, Σ_{t>1} L_{t−1}, L_0 in bits per dimension, with Monte Carlo errors           Ho (5), V7
+
+    L_{t−1} is estimated from `each` images for each t, L_0 from all, L_T exactly.
+    Returns {variance: {term: (mean, standard error)}}, for σ_t² = β_t and β̃_t.
+    """
+    errors, x_1, eps_hat = squared_errors(predict, schedule, x0, seed, each)
+    clean, t, terms = x0.cpu().double().numpy(), np.arange(2, schedule.T + 1), {}
+    mean_0 = posterior.reverse_mean(x_1, eps_hat, 1, schedule)
+    for variance in ("beta", "beta_tilde"):
+        sigma2 = posterior.reverse_variance(variance, schedule)
+        C_t = posterior.C(t, sigma2[t], schedule)
+        constant = posterior.matching_constant(t, sigma2[t], schedule)
+        matching = C_t * errors[t].mean(1) + constant
+        error = np.sqrt((C_t ** 2 * errors[t].var(1, ddof=1) / each).sum())
+        l_0 = posterior.L_0(clean, mean_0, sigma2[1], erfc).mean((1, 2, 3)) / np.log(2)
+        terms[variance] = {
+            "L_T": (posterior.bits_per_dim(posterior.L_T(clean, schedule)), 0.0),
+            "L_{t-1}": (matching.sum() / np.log(2), error / np.log(2)),
+            "L_0": (l_0.mean(), l_0.std(ddof=1) / np.sqrt(len(l_0)))}
+    return terms
+
+
+def erfc(x: np.ndarray) -> np.ndarray:
+    """All pixels at once: NumPy has none, and math.erfc takes one number at a time."""
+    return torch.special.erfc(torch.from_numpy(x)).numpy()
+
+
+def print_bound(path: Path, data: str | None = None, device: str | None = None):
+    """The terms for at most 1000 held-out images, as the paper reports them: section 4.3."""
+    device = choose_device(device)
+    net, config = load_network(path, device)
+    images, labels = held_out_images(data, config, least=2, most=1000)
+    if config.num_classes and (labels is None or labels.max() >= config.num_classes):
+        raise ValueError(f"the network was trained with labels 0 .. {config.num_classes - 1}; "
+                         "--data has others")
+    x0 = to_batch(torch.from_numpy(images).to(device))
+    label = torch.from_numpy(labels).to(device) if config.num_classes else None
+    print(f"{path} on {device}: {len(x0)} held-out images")
+
+    def predict(x_t, t, i):
+        with autocast(device, config.float32):
+            return net(x_t, t - 1 + config.first_t, None if label is None else label[i])
+    print("\n−log p(x_0) of held-out images is at most, in bits per dimension:")
+    print("sigma²        regularization L_T    matching Σ L_{t−1}   reconstruction L_0       total")
+    for variance, terms in bound(predict, schedule_from(config), x0).items():
+        total = sum(mean for mean, _ in terms.values())
+        error = np.sqrt(sum(error ** 2 for _, error in terms.values()))
+        row = "".join(f"{mean:14.5f} ± {error:.4f}" for mean, error in terms.values())
+        print(f"{variance:10} {row}{total:12.4f} ± {error:.4f}")
+    print("rate = L_T + Σ L_{t−1}, distortion = L_0; ± one standard error of the estimate")
+
+
+def main():
+    parser = Parser(description="Print the bound on -log p(x_0) of held-out images.")
+    parser.add_argument("--weights", type=Path, default=Path("out/checkpoint.pt"),
+                        help="a checkpoint, or a published network (out/checkpoint.pt)")
+    parser.add_argument("--data", help="images, of which the last tenth is held out (those of "
+                                       "the checkpoint)")
+    parser.add_argument("--device", help="cuda, mps or cpu; default: the best one here")
+    args = parser.parse_args()
+    with one_line_errors():
+        print_bound(args.weights, args.data, args.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Networks in files: our own checkpoints, and those that others have published.
+
+A file may come from a stranger.  It is believed leaf by leaf: its settings are checked as those of
+the command line are, a network of these settings is the template, and the file's values are copied
+into new tensors of the template's shapes and types.  What differs from the template is refused by
+its name, and no tensor of a file is ever used itself.
+"""
+import json
+import re
+import zipfile
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from support.config import Config
+from support.images import parsing
+from unet import UNet
+
+PUBLISHED = "diffusion_pytorch_model.bin"
+
+
+# ── What a file is believed ───────────────────────────────────────────────────────────────────────
+
+def read(path: Path, kind: str) -> dict:
+    """What the file holds, as it stands there: no code in it is run, and it cannot outgrow itself."""
+    with open(path, "rb") as file, parsing(path, kind):
+        with zipfile.ZipFile(file) as archive:
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it would unpack to more than its size")
+            if archive.testzip():
+                raise ValueError("its checksums do not match")
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+    return found
+
+
+def copied(template, found, name: str):
+    """The values of `found` in a copy of the template: new tensors of its shapes and types.
+
+    The one entry of a list stands for any number of its kind.  Raises ValueError, with the name of
+    the first leaf that differs in kind, shape, layout or number.
+    """
+    if isinstance(template, Tensor):
+        plain = (isinstance(found, Tensor) and found.layout == torch.strided
+                 and found.device.type == "cpu" and not found.is_quantized
+                 and (found.dtype == template.dtype
+                      or found.is_floating_point() and template.is_floating_point())
+                 and found.is_contiguous())                    # not one number, a thousand times
+        if not plain or found.shape != template.shape:
+            what = tuple(found.shape) if plain else "no such tensor"
+            raise ValueError(f"{name} is {what} and should be {tuple(template.shape)}")
+        return torch.empty(template.shape, dtype=template.dtype).copy_(found.detach())
+    if not isinstance(found, dict if isinstance(template, dict) else type(template)):
+        raise ValueError(f"{name} is a {type(found).__name__}, not a {type(template).__name__}")
+    if isinstance(template, dict):
+        for key in [*template, *found]:
+            if (key in template) != (key in found):
+                raise ValueError(f"{name}.{key} is {'missing' if key in template else 'left over'}")
+        return {key: copied(value, found[key], f"{name}.{key}") for key, value in template.items()}
+    if isinstance(template, list):
+        return [copied(template[0], value, f"{name}.{i}") for i, value in enumerate(found)]
+    if isinstance(template, tuple):
+        if len(template) != len(found):
+            raise ValueError(f"{name} has {len(found)} parts, not {len(template)}")
+        return tuple(copied(*both, name) for both in zip(template, found))
+    return found
+
+
+def config_of(found: dict) -> Config:
+    """The settings in a file.  Raises ValueError for one that is missing, unknown or unreasonable."""
+    names = {f.name for f in fields(Config)}
+    if not isinstance(found.get("config"), dict) or names != set(found["config"]):
+        raise ValueError("its settings are not those of this version")
+    return Config(**found["config"])
+
+
+def load_network(path: str | Path, device: torch.device) -> tuple[UNet, Config]:
+    """The averaged network of our own checkpoint, or a published one, and its settings."""
+    path = Path(path)
+    if path.is_dir() or path.name == PUBLISHED:
+        path = path / PUBLISHED if path.is_dir() else path
+        found = read_published(path)
+    else:
+        found = read(path, "a checkpoint of train.py")
+    with parsing(path, "a network that can be built"):
+        config = config_of(found)
+        with torch.device("meta"):    # shapes only: nothing is allocated before it has been checked
+            net = UNet(config)
+        weights = copied(dict(net.state_dict()), found.get("ema"), "ema")
+        net.load_state_dict(weights, assign=True)
+    return net.to(device, memory_format=torch.channels_last).eval(), config
+
+
+# ── Published networks ────────────────────────────────────────────────────────────────────────────
+
+# A part of one of our names, and what diffusers calls it.
+THEIR_NAMES = (
+    (r"^time\.0", "time_embedding.linear_1"), (r"^time\.2", "time_embedding.linear_2"),
+    (r"^norm_out", "conv_norm_out"), (r"^middle\.0\.attention", "mid_block.attentions.0"),
+    (r"^middle", "mid_block.resnets"), (r"\.time\.", ".time_emb_proj."),
+    (r"\.shortcut\.", ".conv_shortcut."), (r"(attentions\.\d+)\.norm", r"\1.group_norm"),
+    (r"\.proj\.", ".to_out.0."),
+)
+# What it called them at first.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# Settings that have only one value here.
+SAME = dict(act_fn="silu", center_input_sample=False, class_embed_type=None, downsample_padding=0,
+            flip_sin_to_cos=False, freq_shift=1, mid_block_scale_factor=1, norm_eps=1e-6,
+            resnet_time_scale_shift="default", time_embedding_type="positional")
+
+
+def read_published(weights: Path) -> dict:
+    """The paper's networks as diffusers stores them: config.json, and the weights beside it.
+
+    They were trained with t = 0..T−1, so they are called with t − 1: `first_t` says so.
+    """
+    path = weights.parent / "config.json"
+    with open(path, "rb") as file, parsing(path, "the description of a published network"):
+        theirs = json.load(file)
+        other = [name for name in SAME if theirs.get(name, SAME[name]) != SAME[name]]
+        if other:
+            raise ValueError(f"{other[0]} {theirs[other[0]]} belongs to another network")
+        channels, size = theirs["block_out_channels"], theirs["sample_size"]
+        attention = tuple(size >> level for level, kind in enumerate(theirs["down_block_types"])
+                          if "Attn" in kind)
+        config = Config(
+            labels=False, model_channels=channels[0], num_groups=theirs["norm_num_groups"],
+            channel_mult=tuple(c // channels[0] for c in channels), patch_size=1, first_t=0,
+            num_res_blocks=theirs["layers_per_block"], attention_resolutions=attention or (0,),
+            dropout=float(theirs.get("dropout", 0.0)), image_shape=(theirs["in_channels"], size, size))
+    found = read(weights, "a published network")
+    with parsing(weights, "a published network"):
+        with torch.device("meta"):
+            ours = UNet(config).state_dict()
+        template = {}
+        for name, value in ours.items():
+            parts = their_names(name, config.num_res_blocks)      # to_q, to_k and to_v are one here
+            template |= zip(parts, value.chunk(len(parts)))
+        for old, new in OLD_NAMES.items():
+            found = {name.replace(f".{old}.", f".{new}."): value for name, value in found.items()}
+        good = copied(template, found, "it")
+        ema = {name: torch.cat([good[part] for part in their_names(name, config.num_res_blocks)])
+               for name in ours}
+    return dict(config=asdict(config), ema=ema)
+
+
+def their_names(name: str, blocks: int) -> list[str]:
+    """What diffusers calls a tensor of unet.py, where levels are not folders of their own."""
+    def level(match):
+        way, count = match[1], blocks + 1 + (match[1] == "up")    # blocks, then a resampler
+        level, k = divmod(int(match[2]), count)
+        kind = f"attentions.{k}" if match[3] else f"resnets.{k}"
+        return f"{way}_blocks.{level}.{kind if k < count - 1 else f'{way}samplers.0'}."
+
+    name = re.sub(r"^(down|up)\.(\d+)\.(attention\.)?", level, name)
+    for ours, theirs in THEIR_NAMES:
+        name = re.sub(ours, theirs, name)
+    return [name.replace("qkv", part) for part in ("to_q", "to_k", "to_v")] if "qkv" in name \
+        else [name]

@@ -1,0 +1,174 @@
+"""Every setting, once: its default, its check and its help.  The command lines are built from it.
+
+A setting without help is no option: it follows from the data.  To compute something else than the
+presets do, write another one below, or name the fields that differ on the command line.
+"""
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+DIGITS = Path(__file__).resolve().parents[1] / "assets" / "digits.npz"
+
+
+def setting(default, help="", low=None, high=None, choices=None, kind=None):
+    """A field: low .. high bound a number, each of several numbers, or the length of a text."""
+    kind = kind or type(default[0] if isinstance(default, tuple) else default)
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices,
+                                                kind=kind))
+
+
+def flag(name: str) -> str:
+    return "-n" if name == "n" else "--" + name.replace("_", "-")
+
+
+def check(setting: Field, value: Any):
+    """Raise ValueError, in words, for a value of another kind or outside its range."""
+    rule, several = setting.metadata, isinstance(setting.default, tuple)
+    if value is None and setting.default is None:
+        return
+    parts = value if several and type(value) is tuple else (value,)
+    if several != (type(value) is tuple) or any(type(part) is not rule["kind"] for part in parts):
+        raise ValueError(f"{flag(setting.name)} must be of type {rule['kind'].__name__}, "
+                         f"not {value!r:.40}")
+    if rule["choices"] and value not in rule["choices"]:
+        raise ValueError(f"{flag(setting.name)} must be one of {', '.join(rule['choices'])}, "
+                         f"not {value!r:.40}")
+    sizes = [len(part) if type(part) is str else part for part in parts]
+    if rule["low"] is not None and not (1 <= len(sizes) <= 16 and all(
+            rule["low"] <= size <= rule["high"] for size in sizes)):
+        raise ValueError(f"{flag(setting.name)} must be {rule['low']} .. {rule['high']}, "
+                         f"not {str(value)[:40]!s}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a training run computes, wholly.  The defaults draw the best digits in a few minutes."""
+
+    data: str | None = setting(None, "IDX files, .npz, .npy or a folder (the digits in assets/)",
+                               1, 4096, kind=str)
+    labels: bool = setting(True, "learn the images' labels too, if they have any")
+    flip: bool = setting(False, "mirror half of the images")
+    steps: int = setting(2200, "steps of gradient descent", 1, 10**9)
+    batch: int = setting(64, "images a step, over all devices", 1, 10**6)
+    lr: float = setting(4e-3, "learning rate", 1e-9, 1.0)
+    warmup: int = setting(100, "steps in which the learning rate rises", 1, 10**9)
+    decay: bool = setting(True, "the learning rate then falls to 0 in a straight line")
+    beta2: float = setting(0.99, "Adam's second beta", 0.0, 0.999999)
+    grad_clip: float = setting(1.0, "the gradient's largest norm", 1e-9, 1e9)
+    ema_decay: float = setting(0.999, "of the moving average of the parameters", 0.0, 1.0)
+    p_uncond: float = setting(0.1, "share of the images whose label is dropped", 0.0, 1.0)
+    seed: int = setting(0, "of the weights, images and noise", 0, 2**62)
+    float32: bool = setting(False, "no bfloat16, even if the device can")
+
+    schedule: str = setting("linear", "how beta grows", choices=("linear", "cosine"))
+    T: int = setting(1000, "time steps", 1, 10**6)
+    beta_1: float = setting(1e-4, "first beta of the linear schedule", 1e-9, 0.9999)
+    beta_T: float = setting(0.02, "last beta of the linear schedule", 1e-9, 0.9999)
+
+    model_channels: int = setting(32, "channels of the network's first level", 4, 4096)
+    channel_mult: tuple[int, ...] = setting((1, 2), "each level's channels, times these", 1, 64)
+    num_res_blocks: int = setting(1, "residual blocks per level", 1, 16)
+    attention_resolutions: tuple[int, ...] = setting((7,), "heights at which there is attention; "
+                                                     "0: none but the middle", 0, 8192)
+    dropout: float = setting(0.0, "share of activations dropped in training", 0.0, 0.99)
+    num_groups: int = setting(4, "groups of each GroupNorm", 1, 4096)
+    patch_size: int = setting(2, "squares of pixels that become one; 1 is the paper", 1, 64)
+
+    image_shape: tuple[int, ...] = setting((1, 28, 28), low=1, high=8192)      # channels first
+    num_classes: int = setting(0, low=0, high=10**4)
+    fingerprint: str = setting("none", low=1, high=64)                         # of the images
+    first_t: int = setting(1, low=0, high=1)       # published networks count the steps from 0
+
+    def __post_init__(self):
+        for setting in fields(self):
+            check(setting, getattr(self, setting.name))
+        if self.schedule == "cosine" and (self.beta_1, self.beta_T) != (1e-4, 0.02):
+            raise ValueError("--beta-1 and --beta-T belong to --schedule linear")
+        if len(self.image_shape) != 3:
+            raise ValueError(f"images have channels, height and width, not {self.image_shape}")
+
+
+PRESETS = {
+    "digits": Config(),           # found by measurement: the best digits after minutes on two cores
+    # Ho et al. (2020), appendix B
+    "cifar10": Config(
+        labels=False, flip=True, steps=800_000, batch=128, lr=2e-4, warmup=5000, decay=False,
+        beta2=0.999, ema_decay=0.9999, model_channels=128, channel_mult=(1, 2, 2, 2),
+        num_res_blocks=2, attention_resolutions=(16,), dropout=0.1, num_groups=32, patch_size=1,
+        image_shape=(3, 32, 32)),
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn."""
+
+    sampler: str = setting("ddpm", "Algorithm 2, or a faster walk",
+                           choices=("ddpm", "ddim", "dpm"))
+    steps: int | None = setting(None, "calls of the network, at most T; default T, and 20 for dpm",
+                                1, 10**6, kind=int)
+    variance: str = setting("beta", "sigma_t^2 of ddpm", choices=("beta", "beta_tilde"))
+    eta: float | None = setting(None, "noise of ddim (0) and dpm (1): 0, none .. 1, as ddpm",
+                                0.0, 1.0, kind=float)
+    clip: bool = setting(True, "keep the predicted x0 in [-1, 1]")
+    label: str | None = setting(None, "a class, 'all': a row each, or 'none'; default: random, "
+                                "with --keep none", 1, 64, kind=str)
+    guidance: float = setting(1.0, "0 ignores the label, 1 follows it, more insists; this is 1 + w "
+                              "of the paper", 0.0, 100.0)
+    keep: str | None = setting(None, "complete images of which half, the centre or the means over "
+                               "4 x 4 pixels are kept", kind=str,
+                               choices=("left", "right", "top", "bottom", "centre", "coarse"))
+    resample: int = setting(1, "with --keep: times each step is walked", 1, 1000)
+    n: int | None = setting(None, "how many images: to draw (100), or to complete (8)", 1, 10**7,
+                            kind=int)
+    batch: int = setting(100, "images at a time: bounds memory", 1, 10**6)
+    seed: int = setting(0, "of the noise and of random labels", 0, 2**62)
+
+    def __post_init__(self):
+        for setting in fields(self):
+            check(setting, getattr(self, setting.name))
+        if self.variance != "beta" and self.sampler != "ddpm":
+            raise ValueError("--variance belongs to --sampler ddpm")
+        if self.eta is not None and self.sampler == "ddpm":
+            raise ValueError("--eta belongs to --sampler ddim and dpm")
+        if self.resample > 1 and not self.keep:
+            raise ValueError("--resample belongs to --keep")
+        if self.keep and self.label is None and self.guidance != 1:
+            raise ValueError("--guidance with --keep needs a --label")
+
+    def calls(self, T: int) -> int:
+        """How often the network is called: steps, or what is usual."""
+        return min(T, self.steps or (20 if self.sampler == "dpm" else T))
+
+    @property
+    def noise_level(self) -> float:
+        """eta, or what is usual: the SDE form of dpm, the ODE of ddim."""
+        return float(self.sampler == "dpm") if self.eta is None else self.eta
+
+
+# ── The command line ──────────────────────────────────────────────────────────────────────────────
+
+def add_options(parser: ArgumentParser, settings: type):
+    """An option for each setting that has help."""
+    for setting in (f for f in fields(settings) if f.metadata["help"]):
+        rule, shown = setting.metadata, setting.default
+        if isinstance(shown, tuple):
+            shown = " ".join(map(str, shown))
+        help = rule["help"] + (f" ({shown})" if shown is not None else "")
+        options = dict(type=rule["kind"], choices=rule["choices"])
+        if rule["kind"] is bool:
+            options = dict(action=BooleanOptionalAction)
+        elif isinstance(setting.default, tuple):
+            options = dict(type=int, nargs="+")
+        parser.add_argument(flag(setting.name), dest=setting.name, default=SUPPRESS, help=help,
+                            **options)
+
+
+def given(args, settings: type, preset=None) -> dict:
+    """The settings that were named on the command line; those of a preset, but its steps, before."""
+    named = {f.name: getattr(preset, f.name) for f in fields(settings)
+             if preset and f.metadata["help"] and f.name not in ("steps", "data")}
+    named |= {f.name: getattr(args, f.name) for f in fields(settings) if hasattr(args, f.name)}
+    return {name: tuple(value) if isinstance(value, list) else value
+            for name, value in named.items()}

@@ -1,0 +1,113 @@
+"""Where it runs: the device, its precision, and the processes that share the work."""
+import atexit
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The named device, or the best one here.  Raises ValueError if it is not here."""
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if name is None:
+        return best
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", best.type) or device.type == "cpu" and device.index:
+            raise RuntimeError
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        names = "cpu" if best.type == "cpu" else f"{best.type}, cpu"
+        raise ValueError(f"there is no device {name!r} here: choose from {names}") from None
+    return device
+
+
+def precision(device: torch.device, float32: bool) -> str:
+    """bfloat16 where the device computes it natively (emulated it would be slow), or float32."""
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        abilities = torch.cpu.get_capabilities()
+        native = abilities.get("avx512_bf16") or abilities.get("amx_bf16")
+    return "bfloat16" if native and not float32 else "float32"
+
+
+def autocast(device: torch.device, float32: bool) -> torch.autocast:
+    """Convolutions and matrix products in bfloat16, where `precision` says so."""
+    return torch.autocast(device.type, torch.bfloat16,
+                          enabled=precision(device, float32) == "bfloat16")
+
+
+# ── Several processes, started by torchrun ────────────────────────────────────────────────────────
+
+def processes() -> tuple[int, int]:
+    """(rank, world): which of how many processes this is; rank 0 alone writes and prints."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_processes(name: str | None, deterministic: bool) -> torch.device:
+    """This process's device, ready to train on, together with the others."""
+    torch.set_float32_matmul_precision("high")                 # TF32 where there is no bfloat16
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    device = choose_device(name)
+    if processes()[1] > 1:
+        if device.type == "cuda":
+            device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return device
+
+
+def parallel(net: nn.Module) -> nn.Module:
+    """The network, its gradients averaged over all processes."""
+    return nn.parallel.DistributedDataParallel(net) if dist.is_initialized() else net
+
+
+def mean_of_all(value: Tensor) -> float:
+    """The mean over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value = value / dist.get_world_size()
+    return value.item()
+
+
+def agreed(asked: list[int], device: torch.device, look: bool) -> int:
+    """The signal that asks to stop, or 0.  What one process is asked all do, at the same look."""
+    if not dist.is_initialized():
+        return asked[0] if asked else 0
+    number = torch.tensor(max(asked, default=0), device=device)
+    if look:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number) if look else 0
+
+
+class SharedGenerator:
+    """Random numbers of which each process keeps its part: together they are those of one process.
+
+    All draw the same numbers for the whole batch; `count` is what this process keeps of them.
+    """
+
+    def __init__(self, seed: int, device="cpu", rank: int = 0, world: int = 1):
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.rank, self.world = rank, world
+
+    def _part(self, draw, *shape) -> Tensor:
+        whole = draw((shape[0] * self.world, *shape[1:]), generator=self.generator,
+                     device=self.generator.device)
+        return whole[self.rank::self.world]
+
+    def integers(self, low: int, high: int, count: int) -> Tensor:
+        """low .. high, both included, all equally likely."""
+        return self._part(lambda shape, **to: torch.randint(low, high + 1, shape, **to), count)
+
+    def uniform(self, count: int) -> Tensor:
+        return self._part(torch.rand, count)
+
+    def standard_normal(self, shape) -> Tensor:
+        return self._part(torch.randn, *shape)

@@ -1,0 +1,79 @@
+"""Many images at once: the noise and the label of each, batch after batch."""
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from support.config import Sampling
+from support.console import Progress, duration
+from support.images import to_pictures
+
+COMPLETIONS = 4             # of each image, with --keep
+
+
+def image_noise(seed: int, indices: range, shape: tuple, device) -> Callable[[], Tensor]:
+    """noise() → z ~ N(0, I), (len(indices), *shape).
+
+    Each image has a stream of its own: its noise is the same in any batch and on any device.
+    """
+    streams = [np.random.default_rng((seed, i)) for i in indices]
+
+    def noise():
+        z = np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
+        return torch.from_numpy(z).to(device)
+    return noise
+
+
+def labels_for(sampling: Sampling, num_classes: int, total: int) -> np.ndarray | None:
+    """Each image's label: one class, a row per class, none, or one from its own stream.
+
+    Raises ValueError for a label that the network does not know.
+    """
+    label = sampling.label or ("none" if sampling.keep else "random")
+    if not num_classes and (sampling.label or sampling.guidance != 1):
+        raise ValueError("this network knows no labels: leave --label and --guidance out")
+    if label == "all" and num_classes and total % num_classes:
+        raise ValueError(f"-n must be a multiple of {num_classes} with --label all, not {total}")
+    if not num_classes:
+        return None
+    if label == "all":
+        return np.arange(total) * num_classes // total
+    if label == "random":
+        streams = (np.random.default_rng((sampling.seed, i, 1)) for i in range(total))
+        return np.array([stream.integers(num_classes) for stream in streams])
+    if label != "none" and not (label.isdecimal() and int(label) < num_classes):
+        raise ValueError(f"--label must be 0 .. {num_classes - 1}, all, none or random, "
+                         f"not {label!r}")
+    return np.full(total, num_classes if label == "none" else int(label))
+
+
+def collect(walk: Callable[[slice], Iterator[Tensor]], total: int, batch: int, steps: int,
+            shown: list[int]) -> list[np.ndarray]:
+    """The images after each of the steps `shown`, (total, H, W, C) uint8, and how it goes.
+
+    walk(part): the x_t of the images in that slice, x_T first.
+    """
+    progress, start, frames = Progress(), time.monotonic(), [[] for _ in shown]
+    for first in range(0, total, batch):
+        part = slice(first, min(first + batch, total))
+        for k, x_t in enumerate(walk(part)):
+            spent = max(time.monotonic() - start, 1e-9)
+            done = (first + (part.stop - first) * k / steps) / total
+            left = f"{duration(spent / done - spent)} left" if done else ""
+            progress(f"step {k} of {steps} · images {first + 1} to {part.stop} of {total} · "
+                     f"{total * done / spent:.1f} images/s · {left}", last=done == 1)
+            if k in shown:
+                frames[shown.index(k)].append(to_pictures(x_t))
+        if not torch.isfinite(x_t).all():
+            raise ValueError("the walk led to pixels that are no numbers: are the weights sound? "
+                             "else more --steps, or --sampler dpm")
+    return [np.concatenate(frame) for frame in frames]
+
+
+def completion_rows(*columns: np.ndarray) -> np.ndarray:
+    """A row for each of n images: what is in `columns`, each n images or n times several."""
+    n, *shape = columns[0].shape
+    rows = np.concatenate([images.reshape(n, -1, *shape) for images in columns], axis=1)
+    return rows.reshape(-1, *shape)

@@ -1,0 +1,302 @@
+"""Images in, pictures out: the embedded digits, IDX and NumPy files, PNG and animated PNG.
+
+The only place where bytes 0..255 become pixels in [-1, 1] and back.  Readers trust no file: a
+size is believed only after it was checked against the bytes that are there, and nothing is ever
+unpickled.
+
+`python -m support.images` shows the first digits;
+`python -m support.images PATH -n 10000 --out digits.npz` keeps a part.
+"""
+import contextlib
+import errno
+import gzip
+import math
+import os
+import struct
+import warnings
+import zipfile
+import zlib
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+import numpy as np
+
+from support.config import DIGITS
+from support.console import Parser, one_line_errors
+
+LARGEST = 4 << 30        # bytes that a compressed file may unpack to; plain files are memory-mapped
+
+
+# ── Bytes and pixels ──────────────────────────────────────────────────────────────────────────────
+
+def to_pixels(images):
+    """0..255 → [-1, 1]: x/127.5 − 1, for arrays and tensors alike, on whichever device they are."""
+    return images / 127.5 - 1
+
+
+def to_bytes(x: np.ndarray) -> np.ndarray:
+    """[-1, 1] → 0..255, rounded; what lies outside is cut off."""
+    return np.rint((np.clip(x, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def to_batch(images):
+    """A tensor of uint8 images (B, H, W, C) as the network takes them: (B, C, H, W) in [-1, 1]."""
+    return to_pixels(images).permute(0, 3, 1, 2)
+
+
+def to_pictures(x_t) -> np.ndarray:
+    """And back, as an array."""
+    return to_bytes(x_t.permute(0, 2, 3, 1).cpu().numpy())
+
+
+# ── Images in ─────────────────────────────────────────────────────────────────────────────────────
+
+def load(path: str | Path | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images (N, H, W, C) uint8 and their labels (N,) int64, or None.
+
+    path: an .npz or .npy of uint8 images N x H x W or N x H x W x C (labels: a second array of N
+    whole numbers, as integers, in the .npz); an IDX file, plain or gzipped, its labels beside it
+    under the authors' name; a folder that holds one such training set; or None, for the digits that
+    ship.  Labels that leave out numbers are numbered anew from 0: EMNIST's letters, 1 to 26,
+    become 0 to 25.
+    Plain .npy and IDX files are memory-mapped.  Raises ValueError or OSError, saying what to mend.
+    """
+    path = Path(path or DIGITS)
+    path = training_set(path) if path.is_dir() else path
+    arrays = read_numpy(path) if path.suffix in (".npz", ".npy") else read_idx_pair(path)
+    images = next((a for a in arrays if a.dtype == np.uint8 and a.ndim in (3, 4)), None)
+    if images is None:
+        found = ", ".join(f"{a.dtype} {a.shape}" for a in arrays) or "nothing"
+        raise ValueError(f"{path} holds no uint8 images N x H x W or N x H x W x C, but {found}")
+    if images.size == 0:
+        raise ValueError(f"{path} holds no images: its shape is {images.shape}")
+    images = images.reshape(*images.shape[:3], -1)
+    if images.shape[3] not in (1, 3):
+        raise ValueError(f"{path}: images have 1 or 3 channels, "
+                         f"not {images.shape[3]} {images.shape}")
+
+    labels = next((a for a in arrays if a.ndim == 1 and a.dtype.kind in "iu"), None)
+    if labels is None:
+        return images, None
+    if len(labels) != len(images):
+        raise ValueError(f"{path}: {len(images)} images but {len(labels)} labels")
+    if labels.min() < 0 or labels.max() > 9999:
+        raise ValueError(f"{path}: labels must be 0, 1, 2, ..., "
+                         f"not {labels.min()} .. {labels.max()}")
+    return images, np.unique(labels, return_inverse=True)[1]
+
+
+def split(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The part to train on and the last tenth, which is held out for evaluation."""
+    cut = len(array) - len(array) // 10
+    return array[:cut], array[cut:]
+
+
+def fingerprint(images: np.ndarray, labels: np.ndarray | None) -> str:
+    """Tells one data set from another: the number of images, a checksum of the first and labels."""
+    first = zlib.crc32(np.ascontiguousarray(images[:1000]).tobytes())
+    return f"{len(images)}-{first if labels is None else zlib.crc32(labels.tobytes(), first):08x}"
+
+
+def held_out_images(path: str | Path | None, config, least: int, most: int) -> tuple:
+    """The first held-out images, (N, H, W, C) uint8, and their labels (N,) or None.
+
+    Raises ValueError when there are fewer than `least`, or others than the network of `config`
+    draws.  path: None for the images that it was trained on.
+    """
+    images, labels = load(path or config.data)
+    images, labels = (None if a is None else split(a)[1][:most] for a in (images, labels))
+    channels, *size = config.image_shape
+    if len(images) < least or images.shape[1:] != (*size, channels):
+        raise ValueError(f"{path or config.data} has {len(images)} held-out images of "
+                         f"{images.shape[1:]}; needed are {least} of {(*size, channels)}")
+    return np.array(images), labels
+
+
+def training_set(folder: Path) -> Path:
+    """The one training set in a folder, in IDX as MNIST's authors name it or in NumPy's formats."""
+    for pattern in ("*train-images*idx3*", "*images*idx3*", "*.npz", "*.npy"):
+        found = sorted(folder.glob(pattern))
+        plain = [p for p in found if p.suffix != ".gz" or p.with_suffix("") not in found]
+        if len(plain) == 1:
+            return plain[0]
+        if plain:
+            names = ", ".join(p.name for p in plain)
+            raise ValueError(f"{folder} holds several sets of images: name one of {names}")
+    raise ValueError(f"{folder} holds no images: no *images*idx3*, .npz or .npy file is in it")
+
+
+@contextlib.contextmanager
+def parsing(path: Path, kind: str):
+    """Turn whatever bad bytes lead to into one ValueError: zipfile, NumPy and torch have many."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:      # it is missing, not damaged
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise ValueError(f"{path} is not {kind}, or it is damaged: {reason}") from None
+
+
+def read_idx_pair(path: Path) -> list[np.ndarray]:
+    """The images of an IDX file, and the labels that lie beside it, plain or gzipped."""
+    name = path.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
+    beside = [path.with_name(name), path.with_name(name + ".gz")]
+    labels = [file for file in beside if file.exists() and file != path]
+    return [read_idx(file) for file in [path, *labels[:1]]]
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """IDX: 0, 0, 8 for uint8, the number of dimensions, each as a big-endian int32, the bytes."""
+    with open(path, "rb") as plain, parsing(path, "an IDX, .npz or .npy file"):
+        packed = plain.read(2) == b"\x1f\x8b"
+        plain.seek(0)
+        file = gzip.GzipFile(fileobj=plain) if packed else plain
+        start = file.read(4)
+        if len(start) < 4 or start[:3] != b"\0\0\x08" or start[3] not in (1, 3):
+            raise ValueError("it does not begin like an IDX file of bytes")
+        shape = struct.unpack(f">{start[3]}I", file.read(4 * start[3]))
+        size, offset = int(np.prod(shape, dtype=object)), 4 + 4 * start[3]
+        there = path.stat().st_size - offset
+        if not packed and there == size > 0:
+            return np.memmap(path, np.uint8, "c", offset, shape)
+        if packed and size > LARGEST:
+            raise ValueError(f"it would unpack to {size} bytes: "
+                             "unpack it on disk, and name that file")
+        body = file.read(size + 1) if packed else b""
+        if len(body) != size:
+            raise ValueError(f"it promises {size} bytes of {shape} and holds "
+                             f"{'other' if packed else there}")
+        return np.frombuffer(bytearray(body), np.uint8).reshape(shape)
+
+
+def read_numpy(path: Path) -> list[np.ndarray]:
+    """The array of an .npy, memory-mapped, or those of an .npz."""
+    with open(path, "rb") as file, parsing(path, f"an {path.suffix} file"):
+        if path.suffix == ".npy":
+            return [np.lib.format.open_memmap(path, mode="c")]
+        with zipfile.ZipFile(file) as archive:
+            total = sum(member.file_size for member in archive.infolist())
+        if total > LARGEST:
+            raise ValueError(f"it would unpack to {total} bytes: "
+                             "save the images as .npy, which is read in place")
+        file.seek(0)
+        arrays = np.load(file, allow_pickle=False)
+        return [arrays[name] for name in arrays.files]
+
+
+# ── Pictures and files out ────────────────────────────────────────────────────────────────────────
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path):
+    """A binary file that appears at `path` complete or never: written beside, flushed, renamed.
+
+    The name beside it is always the same, so a run replaces what a killed one left.
+    """
+    path = Path(path).resolve()                              # a link is followed, not replaced
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; name a file", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException as error:
+        beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def image_grid(images: np.ndarray, columns: int, zoom: int = 2, gap: int = 2) -> np.ndarray:
+    """N images (N, H, W) or (N, H, W, C) as one picture, in rows, each pixel zoom x zoom large."""
+    images = images.reshape(*images.shape[:3], -1).repeat(zoom, axis=1).repeat(zoom, axis=2)
+    n, h, w, c = images.shape
+    rows = -(-n // columns)
+    page = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), 128, np.uint8)
+    for i, image in enumerate(images):
+        y, x = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
+        page[y:y + h, x:x + w] = image
+    return page
+
+
+def encode_png(frames: list[np.ndarray], seconds: float = 0.1) -> bytes:
+    """A PNG of one uint8 image H x W (x 1 or 3), or an animated PNG of several.  (W3C PNG, 3rd ed.)
+
+    The last frame of an animation stays for two seconds before it begins again.
+    """
+    def chunk(name, *parts):
+        body = name + b"".join(parts)
+        return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+
+    height, width = frames[0].shape[:2]
+    colour = 2 if frames[0].size == 3 * height * width else 0
+    chunks = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))]
+    if len(frames) > 1:
+        chunks.append(chunk(b"acTL", struct.pack(">II", len(frames), 0)))
+    number = 0                                  # fcTL and fdAT chunks are counted together
+    for k, frame in enumerate(frames):
+        rows = np.insert(frame.reshape(height, -1), 0, 0, axis=1)          # filter 0 for each row
+        if len(frames) > 1:
+            pause = round(1000 * (seconds if k + 1 < len(frames) else 2))
+            chunks.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", number, width, height, 0, 0,
+                                                     pause, 1000, 0, 0)))
+            number += 1
+        name, order = (b"fdAT", struct.pack(">I", number)) if k else (b"IDAT", b"")
+        chunks.append(chunk(name, order, zlib.compress(rows.tobytes(), 9)))
+        number += k > 0
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND")
+
+
+def write_png(path: str | Path, *frames: np.ndarray):
+    with atomic_write(path) as file:
+        file.write(encode_png(frames))
+
+
+def write_images(file, path: Path, frames: list[np.ndarray], columns: int | None = None,
+                 labels: np.ndarray | None = None):
+    """.png: a sheet of the images (N, H, W, C) of each frame; .npz: those of the last, and labels.
+
+    columns: of the sheet; None makes it a square.
+    """
+    if path.suffix == ".png":
+        columns = columns or math.ceil(math.sqrt(len(frames[0])))
+        return file.write(encode_png([image_grid(frame, columns) for frame in frames]))
+    images = frames[-1][..., 0] if frames[-1].shape[3] == 1 else frames[-1]
+    np.savez_compressed(file, images=images, **({} if labels is None else dict(labels=labels)))
+
+
+def picture_path(name: str) -> Path:
+    """Where a picture or arrays go: an argparse type."""
+    if not name.endswith((".png", ".npz")):
+        raise ArgumentTypeError(f"must end in .png or .npz, not {name!r}")
+    return Path(name)
+
+
+def main():
+    parser = Parser(description="Show images, or keep the first n of them.")
+    parser.add_argument("path", nargs="?", default=DIGITS,
+                        help="IDX, .npz or .npy file, or a folder")
+    parser.add_argument("-n", type=int, default=100, help="how many, from the first on")
+    parser.add_argument("--out", type=picture_path, default="out/data.png",
+                        help="a .png to look at or an .npz to keep")
+    args = parser.parse_args()
+    if args.n < 1:
+        parser.error(f"-n must be at least 1, not {args.n}")
+    with one_line_errors():
+        images, labels = load(args.path)
+        print(f"{args.path}: {len(images)} images of {'x'.join(map(str, images.shape[1:]))}, "
+              f"{'no labels' if labels is None else f'labels {labels.min()} .. {labels.max()}'}")
+        with atomic_write(args.out) as file:
+            write_images(file, args.out, [images[:args.n]],
+                         labels=None if labels is None else labels[:args.n])
+        print(f"written: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

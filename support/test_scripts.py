@@ -1,0 +1,988 @@
+"""The scripts, as a user runs them: train, stop, resume, sample, and everything that can go wrong.
+
+`KILLS=100 TRIES=5000 pytest support` kills a run a hundred times instead of twice, and tries 5,000
+damaged files of each kind instead of 150.
+"""
+import gzip
+import io
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shlex
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import ddpm
+import evaluate
+import posterior
+import sample
+import train
+from support import config, console, devices
+from support import images as files
+from support.checkpoint import PUBLISHED, load_network, read
+from support.config import PRESETS, Config, Sampling
+from unet import UNet
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--batch", "16", "--T", "20", "--beta-T", "0.5", "--model-channels", "16", "--device", "cpu"]
+CPU = torch.device("cpu")
+
+
+def run(script, *arguments, cwd, code=0):
+    """Run a script to its end in a process of its own; the exit status must be `code`."""
+    start = ["-m", script] if not script.endswith(".py") else [str(ROOT / script)]
+    done = subprocess.run([sys.executable, *start, *map(str, arguments)], cwd=cwd, text=True,
+                          capture_output=True, timeout=120,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run a script's main() in this process, in an empty folder: (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def main(module, *argv):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+        try:
+            module.main()
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return (status, *capsys.readouterr())
+    yield main
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+        signal.signal(number, handler)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """200 images of 8x8 in two classes: a bright left or a bright right half, with noise."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(2, size=200)
+    images = rng.integers(0, 60, (200, 8, 8))
+    images[labels == 0, :, :4] += 180
+    images[labels == 1, :, 4:] += 180
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez_compressed(path, images=images.astype(np.uint8), labels=labels)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory):
+    """A finished run of 100 steps on the tiny images, and what it printed."""
+    out = tmp_path_factory.mktemp("trained")
+    return out, run("train.py", "--data", tiny, "--steps", 100, "--out", out, *TINY, cwd=out)
+
+
+@pytest.fixture
+def saved(trained, tmp_path):
+    """A copy of that run's checkpoint, alone in a folder."""
+    (tmp_path / "checkpoint.pt").write_bytes((trained[0] / "checkpoint.pt").read_bytes())
+    return tmp_path / "checkpoint.pt"
+
+
+def decoded(path):
+    """The pixels of a PNG of this project, by the standard's own rules, and its frame count."""
+    body, chunks, position = path.read_bytes(), [], 8
+    assert body[:8] == b"\x89PNG\r\n\x1a\n"
+    while position < len(body):
+        size, name = struct.unpack_from(">I4s", body, position)
+        content = body[position + 8:position + 8 + size]
+        assert struct.unpack_from(">I", body, position + 8 + size)[0] == zlib.crc32(name + content)
+        chunks.append((name, content))
+        position += 12 + size
+    width, height, depth, colour = struct.unpack_from(">IIBB", dict(chunks)[b"IHDR"])
+    channels = {0: 1, 2: 3}[colour]
+    rows = np.frombuffer(zlib.decompress(dict(chunks)[b"IDAT"]), np.uint8).reshape(
+        height, 1 + width * channels)
+    assert depth == 8 and not rows[:, 0].any() and chunks[-1] == (b"IEND", b"")
+    numbers = [struct.unpack_from(">I", c)[0] for n, c in chunks if n in (b"fcTL", b"fdAT")]
+    assert numbers == list(range(len(numbers)))
+    frames = sum(name == b"fcTL" for name, _ in chunks)
+    if frames:
+        assert struct.unpack(">II", dict(chunks)[b"acTL"])[0] == frames
+    return rows[:, 1:].reshape(height, width, channels), frames
+
+
+def same(a, b):
+    """Equal to the last bit, through dictionaries, lists and tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# ── The commands ────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("script, picture, says", [
+    ("ddpm.py", "out/letter.png", "1000    1.260  -0.997     10.765"),
+    ("posterior.py", "out/posterior.png", "0.388707"),
+    ("support.images", "out/data.png", "10000 images of 28x28x1")])
+def test_the_demonstrations(script, picture, says, tmp_path):
+    """V, its two notebooks: each script alone draws its picture and prints its figures in 5 s."""
+    start = time.monotonic()
+    done = run(script, cwd=tmp_path)
+    assert time.monotonic() - start < 5
+    assert says in done.stdout and not done.stderr
+    pixels, _ = decoded(tmp_path / picture)
+    assert pixels.std() > 30
+
+
+def test_training_says_what_it_does_and_the_loss_falls(trained):
+    """Algorithm 1: what to expect, one line now and then, a chart, the next command;
+    checkpoint, log, pictures.
+    """
+    out, done = trained
+    for text in ("device    cpu", "180 of 8x8x1 to train on, 20 held out, 2 labels", "L_T = ",
+                 "1 knows nothing", "step 100 of 100 · loss", "images/s", "loss └",
+                 "python sample.py --weights"):
+        assert text in done.stdout
+    assert not done.stderr and "\r" not in done.stdout
+    rows = (out / "log.csv").read_text().split()
+    losses = [float(row.split(",")[1]) for row in rows[1:]]
+    assert (rows[0] == "step,loss"
+            and [row.split(",")[0] for row in rows[1:]] == ["50", "100"])
+    assert losses[1] < losses[0] < 1.2 and losses[1] < 0.5
+    for name in ("samples.png", "step-000050.png"):
+        assert decoded(out / name)[0].shape == (10 * 18 + 2, 10 * 18 + 2, 1)
+
+
+def test_sampling_draws_what_was_learned(trained, call):
+    """Algorithm 2: the sheet's images have a bright half, and labels choose which."""
+    status, text, errors = call(
+        sample, "--weights", trained[0] / "checkpoint.pt", "--sampler", "dpm", "--steps", 10,
+        "--label", "all", "--guidance", 3, "-n", 40, "--out", "new/folder/s.npz")
+    assert status == 0 and "images/s" in text and not errors
+    found = np.load("new/folder/s.npz")
+    images, labels = found["images"].astype(int), found["labels"]
+    assert (images.shape == (40, 8, 8) and found["images"].dtype == np.uint8
+            and labels.tolist() == [0] * 20 + [1] * 20)
+    brighter_left = images[:, :, :4].mean((1, 2)) > images[:, :, 4:].mean((1, 2))
+    assert (brighter_left == (labels == 0)).mean() > 0.8
+
+
+@pytest.mark.parametrize("options", [
+    ["--sampler", "ddpm", "--steps", 12, "--variance", "beta_tilde"],
+    ["--sampler", "ddim", "--steps", 4, "--eta", 0.5],
+    ["--sampler", "dpm", "--steps", 4, "--guidance", 2, "--label", 1]])
+def test_the_same_pictures_whatever_the_batch(options, trained, call, monkeypatch):
+    """Determinism: same seed, same images; -n 12 is -n 12 --batch 5 to within the rounding of sums
+    in another order; another seed is not.
+    """
+    monkeypatch.setattr(devices, "precision", lambda device, float32: "float32")
+    weights = ["--weights", trained[0] / "checkpoint.pt", "-n", 12, *options, "--device", "cpu"]
+    for name, extra in (("a", []), ("b", []), ("c", ["--batch", 5]), ("d", ["--seed", 1])):
+        assert call(sample, *weights, "--out", f"{name}.npz", *extra)[0] == 0
+    a, b, c, d = (np.load(f"{name}.npz") for name in "abcd")
+    assert np.array_equal(a["images"], b["images"]) and np.array_equal(a["labels"], b["labels"])
+    assert np.array_equal(a["labels"], c["labels"])
+    assert np.abs(a["images"].astype(int) - c["images"]).max() <= 1
+    assert np.abs(a["images"].astype(int) - d["images"]).max() > 20
+
+
+@pytest.mark.parametrize("extra, size, frames", [
+    (["-n", 5], (2, 3), 0), (["-n", 4, "--animate"], (2, 2), 4),
+    (["-n", 6, "--label", "all"], (2, 3), 0), (["-n", 2, "--keep", "top", "--resample", 2], (2, 6), 0),
+    (["-n", 3, "--keep", "coarse"], (3, 6), 0)])
+def test_pictures_of_all_kinds(extra, size, frames, trained, call):
+    """A sheet, an animation x_T to x_0, a row per class, rows of original, kept, completions."""
+    assert call(sample, "--weights", trained[0] / "checkpoint.pt", "--sampler", "ddim", "--steps", 3,
+                "--device", "cpu", *extra)[0] == 0
+    pixels, found = decoded(Path("out/samples.png"))
+    assert pixels.shape == (size[0] * 18 + 2, size[1] * 18 + 2, 1) and found == frames
+
+
+def test_completions_keep_what_they_say(trained, tiny, call):
+    """--keep top: the known half of each held-out image, exact, in four different completions; the
+    picture shows the original and what is kept of it beside them.
+    """
+    keep = ["--weights", trained[0] / "checkpoint.pt", "--sampler", "dpm", "--steps", 3, "-n", 2,
+            "--keep", "top", "--device", "cpu", "--out"]
+    assert call(sample, *keep, "k.npz")[0] == call(sample, *keep, "k.png")[0] == 0
+    original = files.load(tiny)[0][180:182, :, :, 0]
+    completed = np.load("k.npz")["images"].reshape(2, 4, 8, 8)
+    assert np.array_equal(completed[:, :, :4], np.broadcast_to(original[:, None, :4], (2, 4, 4, 8)))
+    assert not np.array_equal(completed[0, 0], completed[0, 1])
+    page = decoded(Path("k.png"))[0][..., 0]
+    shown = [page[2 + 18 * row:18 * row + 18:2, 2 + 18 * k:18 * k + 18:2]
+             for row in range(2) for k in range(6)]
+    assert np.array_equal(shown[0], original[0]) and np.array_equal(shown[11], completed[1, 3])
+    assert np.array_equal(shown[7][:4], original[1, :4]) and np.all(shown[7][4:] == 128)
+
+
+def test_the_frames_of_an_animation_run_from_noise_to_the_image(trained, call):
+    """--animate: the first frame is x_T, the last what a sheet of the same images shows."""
+    both = ["--weights", trained[0] / "checkpoint.pt", "--sampler", "ddim", "--steps", 3, "-n", 4,
+            "--device", "cpu", "--out"]
+    assert call(sample, *both, "walk.png", "--animate")[0] == call(sample, *both, "x0.png")[0] == 0
+    body, frames = Path("walk.png").read_bytes(), []
+    for found in re.finditer(b"IDAT|fdAT", body):
+        size = struct.unpack(">I", body[found.start() - 4:found.start()])[0]
+        skip = 4 * (found[0] == b"fdAT")
+        frames.append(zlib.decompress(body[found.end() + skip:found.end() + size]))
+    x0 = decoded(Path("x0.png"))[0]
+    assert len(frames) == 4 and len(set(frames)) == 4
+    assert frames[-1] == np.insert(x0[..., 0], 0, 0, axis=1).tobytes()
+
+
+def test_the_bound_is_printed(trained, tiny, call):
+    """Ho (5): evaluate.py prints the three terms, for both variances, and leaves the run alone;
+    `train.py --evaluate` is the same.
+    """
+    before = (trained[0] / "checkpoint.pt").read_bytes()
+    status, text, errors = call(evaluate, "--weights", trained[0] / "checkpoint.pt", "--device",
+                                "cpu")
+    assert status == 0 and not errors and text.count("the bound: t = 20 of 20") == 1
+    for line in text.splitlines():
+        if line.startswith("beta"):
+            values = [float(word) for word in line.replace("±", " ").split()[1:]]
+            assert (values[6] == pytest.approx(values[0] + values[2] + values[4], abs=1e-3)
+                    and 0 < values[6] < 200)
+            x0 = files.to_pixels(files.split(files.load(tiny)[0])[1].astype(float))
+            exact = posterior.bits_per_dim(posterior.L_T(x0, ddpm.linear(20, 1e-4, 0.5)))
+            assert values[0] == pytest.approx(exact, abs=1e-5)
+    assert "beta_tilde" in text and (trained[0] / "checkpoint.pt").read_bytes() == before
+    again = call(train, "--evaluate", "--out", trained[0], "--data", tiny, "--device", "cpu")
+    assert again == (0, text, "")
+
+
+# ── The settings ────────────────────────────────────────────────────────────────────────────────────
+
+def options():
+    """Every option of both command lines: (its class, name, flag, another value than the default)."""
+    for settings_ in (Config, Sampling):
+        for setting in (f for f in fields(settings_) if f.metadata["help"]):
+            rule, default, name = setting.metadata, setting.default, setting.name
+            value = dict(int=3, float=0.5, str="x")[rule["kind"].__name__] \
+                if rule["kind"] is not bool else not default
+            value = next((c for c in rule["choices"] or () if c != default), value)
+            yield settings_, name, (value, 4) if isinstance(default, tuple) else value
+
+
+@pytest.mark.parametrize("settings_, name, value", options())
+def test_every_option_changes_its_setting_and_nothing_else(settings_, name, value):
+    """The command line: each setting by its name, of its type, and no other with it."""
+    parser = console.Parser()
+    config.add_options(parser, settings_)
+    parts = value if isinstance(value, tuple) else (value,)
+    flag = config.flag(name)
+    argv = [flag, *map(str, parts)]
+    if isinstance(value, bool):
+        argv = [flag if value else flag.replace("--", "--no-")]
+    assert config.given(parser.parse_args(argv), settings_) == {name: value}
+    assert config.given(parser.parse_args([]), settings_) == {}
+
+
+@pytest.mark.parametrize("settings_", [Config, Sampling])
+def test_every_setting_refuses_what_it_is_not(settings_):
+    """Settings: values of another type, not a number, outside the range: one line with the name."""
+    for setting in fields(settings_):
+        rule, several = setting.metadata, isinstance(setting.default, tuple)
+        wrong = [[], {}, b"x", 1j, math.nan, math.inf, -1, 10**30, "", "y" * 5000, (), (1,) * 99,
+                 (1.5,), True, False, None, "nonsense"]
+        for value in wrong:
+            try:
+                made = replace(settings_(), **{setting.name: value})
+            except ValueError as error:
+                assert "\n" not in str(error) and len(str(error)) < 200
+                continue
+            parts = value if several else (value,)
+            assert value is None and setting.default is None or all(
+                type(part) is rule["kind"] for part in parts), (setting.name, value)
+            assert getattr(made, setting.name) is value and value not in (math.inf, 10**30)
+
+
+def test_the_preset_of_the_paper_is_the_paper_s():
+    """Ho appendix B, CIFAR10: the figures there, one by one; no labels."""
+    paper = PRESETS["cifar10"]
+    assert (paper.T, paper.beta_1, paper.beta_T, paper.schedule) == (1000, 1e-4, 0.02, "linear")
+    assert (paper.lr, paper.batch, paper.ema_decay, paper.dropout) == (2e-4, 128, 0.9999, 0.1)
+    assert (paper.steps, paper.flip, paper.labels, paper.decay) == (800_000, True, False, False)
+    assert (paper.attention_resolutions, paper.num_res_blocks) == ((16,), 2)
+    assert (paper.warmup, paper.beta2, paper.grad_clip, paper.patch_size) == (5000, 0.999, 1.0, 1)
+
+
+def test_a_preset_and_what_is_named_beside_it(tiny, call):
+    """--preset: its settings, and over them those that are named; on resume it must be the same."""
+    argv = ["--preset", "cifar10", "--data", tiny, "--steps", 2, "--model-channels", 32, "--batch",
+            4, "--T", 5, "--no-flip", "--attention-resolutions", 4, 2, "--device", "cpu"]
+    assert call(train, *argv)[0] == 0
+    found = Config(**torch.load("out/checkpoint.pt", weights_only=True)["config"])
+    expected = replace(PRESETS["cifar10"], data=str(tiny), steps=2, model_channels=32, batch=4, T=5,
+                       flip=False, attention_resolutions=(4, 2), image_shape=(1, 8, 8),
+                       fingerprint=found.fingerprint)
+    assert found == expected
+    assert call(train, *argv[:4], *argv[6:], "--steps", 3, "--resume")[0] == 0
+    status, _, errors = call(train, "--preset", "digits", "--steps", 4, "--resume")
+    assert status == 2 and "--lr was 0.0002, now 0.004" in errors and errors.count("\n") == 1
+
+
+# ── Data ────────────────────────────────────────────────────────────────────────────────────────────
+
+def idx(array):
+    return (struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            + array.astype(np.uint8).tobytes())
+
+
+def test_images_come_in_as_their_authors_publish_them(tmp_path):
+    """IDX, plain and gzipped, alone, in pairs and in a folder; .npz and .npy, grey and colour."""
+    rng = np.random.default_rng(0)
+    images, labels = (rng.integers(0, 256, (20, 6, 4)).astype(np.uint8),
+                      rng.permutation(20).astype(np.uint8) % 10)
+    colour = rng.integers(0, 256, (20, 32, 32, 3)).astype(np.uint8)
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    plain.mkdir(), packed.mkdir()
+    (plain / "train-images-idx3-ubyte").write_bytes(idx(images))
+    (plain / "train-labels-idx1-ubyte").write_bytes(idx(labels))
+    (plain / "t10k-images-idx3-ubyte").write_bytes(idx(images[:5]))
+    (packed / "emnist-digits-train-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
+    (packed / "emnist-digits-train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+    for path in (plain, packed, plain / "train-images-idx3-ubyte",
+                 packed / "emnist-digits-train-images-idx3-ubyte.gz"):
+        found, classes = files.load(path)
+        assert (np.array_equal(found[..., 0], images) and np.array_equal(classes, labels)
+                and classes.dtype == np.int64)
+    assert files.load(plain / "t10k-images-idx3-ubyte")[1] is None
+    np.savez(tmp_path / "c.npz", x=colour, y=labels.astype(np.int32))
+    np.savez_compressed(tmp_path / "f.npz", x=np.asfortranarray(colour))
+    np.save(tmp_path / "c.npy", colour)
+    for name in ("c.npz", "f.npz", "c.npy"):
+        found, classes = files.load(tmp_path / name)
+        assert (np.array_equal(found, colour)
+                and (name != "c.npz" or np.array_equal(classes, labels)))
+    (packed / "emnist-digits-train-labels-idx1-ubyte.gz").unlink()       # one packed, one not
+    (packed / "emnist-digits-train-labels-idx1-ubyte").write_bytes(idx(labels))
+    assert np.array_equal(files.load(packed)[1], labels)
+    np.savez(tmp_path / "gaps.npz", x=colour, y=labels * 2 + 1)           # 1, 3, … become 0, 1, …
+    assert np.array_equal(files.load(tmp_path / "gaps.npz")[1], labels)
+    assert isinstance(files.load(tmp_path / "c.npy")[0], np.memmap)
+    assert isinstance(files.load(plain)[0].base, np.memmap)
+
+
+def test_the_embedded_digits():
+    """assets/digits.npz: 10,000 digits with labels, under 2 MB; the last tenth is held out."""
+    images, labels = files.load()
+    assert images.shape == (10000, 28, 28, 1) and np.bincount(labels).min() > 800
+    assert config.DIGITS.stat().st_size < 2_000_000
+    kept, held_out = files.split(images)
+    assert len(kept) == 9000 and np.array_equal(held_out, images[9000:])
+
+
+@given(st.integers(0, 255))
+def test_bytes_are_pixels_and_back(level):
+    """0..255 ↔ [-1, 1]: exact both ways, for arrays and tensors; what lies outside is cut off."""
+    array = np.full((2, 2), level, np.uint8)
+    pixels = files.to_pixels(array)
+    assert (pixels.min() >= -1 and pixels.max() <= 1
+            and pixels[0, 0] == pytest.approx(2 * level / 255 - 1))
+    assert np.array_equal(files.to_bytes(pixels), array)
+    assert np.allclose(files.to_pixels(torch.from_numpy(array)).numpy(), pixels, atol=1e-7)
+    assert files.to_bytes(np.array([-7.0, 7.0])).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 7, 3)])
+def test_a_png_holds_its_pixels(shape, tmp_path):
+    """PNG: read back by the standard's rules, grey and colour, one frame and several;
+    sheets are rows of images.
+    """
+    frames = np.random.default_rng(0).integers(0, 256, (3, *shape)).astype(np.uint8)
+    files.write_png(tmp_path / "a.png", frames[0])
+    files.write_png(tmp_path / "b.png", *frames)
+    for name, count in (("a.png", 0), ("b.png", 3)):
+        pixels, found = decoded(tmp_path / name)
+        assert np.array_equal(pixels.reshape(shape), frames[0]) and found == count
+    page = files.image_grid(frames, columns=2, zoom=3, gap=1)
+    assert page.shape[:2] == (2 * 16 + 1, 2 * 22 + 1)
+    assert np.array_equal(page[17:32:3, 1:22:3].reshape(shape), frames[2])
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    """Files: a failure keeps what was there, leaves nothing beside it, and names the file; a link is
+    followed; what a killed run left is replaced.
+    """
+    path, link = tmp_path / "a.txt", tmp_path / "link.txt"
+    path.write_bytes(b"old")
+    link.symlink_to(path)
+    (tmp_path / ".a.txt.part").write_bytes(b"of a killed run")
+    with pytest.raises(OSError) as caught, files.atomic_write(path) as file:
+        file.write(b"new")
+        raise OSError(28, "No space left on device")
+    assert caught.value.filename == str(path) and path.read_bytes() == b"old"
+    with files.atomic_write(link) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new" and link.is_symlink() and len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(IsADirectoryError), files.atomic_write(tmp_path):
+        pass
+
+
+# ── Stop and go on ──────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_goes_on_exactly(number, code, tiny, trained, call, tmp_path):
+    """Resume: stopped somewhere and resumed, 100 steps end in the same weights, average,
+    optimizer and log.
+    """
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--data", str(tiny),
+                                "--steps", "100", "--out", "run", *TINY],
+                               cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert any("step 50 of 100" in line for line in process.stdout)
+    time.sleep(random.Random(code).random() / 4)
+    process.send_signal(number)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == code and "to go on: python train.py --resume --out run" in text
+    stopped = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert 50 <= stopped["step"] < 100
+    assert call(train, "--resume", "--out", "run", "--device", "cpu")[0] == 0
+    resumed, straight = (torch.load(folder / "checkpoint.pt", weights_only=True)
+                         for folder in (tmp_path / "run", trained[0]))
+    for key in straight:
+        assert same(resumed[key], straight[key]), key
+    for name in ("log.csv", "samples.png"):
+        assert (tmp_path / "run" / name).read_bytes() == (trained[0] / name).read_bytes()
+
+
+def test_a_killed_run_leaves_a_whole_checkpoint(tiny, tmp_path):
+    """SIGKILL at any instant: the checkpoint is absent or sound, and the run goes on from it."""
+    path, chance, steps = tmp_path / "run/checkpoint.pt", random.Random(0), [0]
+    for attempt in range(int(os.environ.get("KILLS", 2))):
+        resume = ["--resume"] if path.exists() else []
+        process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--data", str(tiny),
+                                    "--steps", "499", "--out", "run", *TINY, *resume],
+                                   cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        assert any(line.startswith("step") for line in process.stdout)       # it does go on
+        time.sleep(chance.random())
+        process.kill()
+        process.communicate()
+        steps.append(read(path, "a checkpoint")["step"] if path.exists() else 0)
+        assert steps[-1] >= steps[-2] and steps[-1] in (*range(0, 499, 50), 499)
+        if steps[-1] > 400:
+            path.unlink()
+            steps = [0]
+    assert max(steps) >= 50
+
+
+@pytest.mark.parametrize("extra, says", [
+    (["--steps", 300, "--lr", 0.5, "--T", 10], "--lr was 0."),
+    (["--steps", 300, "--data", "other.npz"], "other images"),
+    (["--steps", 300, "--data", "bare.npz"], "other images"),
+    (["--steps", 300, "--preset", "cifar10"], "--batch was 16, now 128"),
+    ([], "is complete at step 100"), (["--out", "empty"], "start without --resume"),
+    (["--out", "shared"], "no training run")])
+def test_what_would_change_the_run_is_refused_on_resume(extra, says, trained, tiny, call):
+    """Resume: other settings, other data, a finished run, a network without a run:
+    one line, nothing changed.
+    """
+    before = (trained[0] / "checkpoint.pt").read_bytes()
+    np.savez("other.npz", images=np.zeros((200, 8, 8), np.uint8), labels=np.arange(200) % 2)
+    np.savez("bare.npz", images=files.load(tiny)[0])                # the same images, no labels
+    Path("shared").mkdir()
+    Path("shared/checkpoint.pt").write_bytes((trained[0] / "network.pt").read_bytes())
+    status, _, errors = call(train, "--resume", "--out", trained[0], "--device", "cpu", *extra)
+    assert status == 2 and says in errors and errors.count("\n") == 1
+    assert (trained[0] / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_folder_with_a_run_is_no_place_for_another(trained, tiny, call):
+    """Nothing lost: a new run does not begin where a checkpoint lies."""
+    before = (trained[0] / "checkpoint.pt").read_bytes()
+    status, _, errors = call(train, "--out", trained[0], "--data", tiny)
+    assert status == 2 and "--resume" in errors and errors.count("\n") == 1
+    assert (trained[0] / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_run_killed_at_its_end_can_be_finished(trained, saved, call):
+    """Resume: all steps done, but no network.pt: what is missing is made, and nothing else."""
+    before = saved.read_bytes()
+    status, text, errors = call(train, "--resume", "--out", saved.parent, "--device", "cpu")
+    assert status == 0 and not errors and saved.read_bytes() == before
+    for name in ("network.pt", "samples.png"):
+        assert (saved.parent / name).read_bytes() == (trained[0] / name).read_bytes()
+
+
+def test_any_schedule_resumes(tiny, call):
+    """Resume: a cosine run goes on too, and further than it was first told; its T is the one named."""
+    cosine = ["--data", tiny, "--schedule", "cosine", "--T", 5, "--batch", 4, "--device", "cpu"]
+    status, text, _ = call(train, *cosine, "--steps", 2, "--out", "c")
+    x0 = files.to_pixels(files.split(files.load(tiny)[0])[0].astype(float))
+    l_T = posterior.bits_per_dim(posterior.L_T(x0, ddpm.cosine(5)))
+    assert status == 0 and f"cosine, T = 5: L_T = {l_T:.3g} bits/dim" in text
+    status, text, errors = call(train, "--resume", "--steps", 4, "--out", "c")
+    assert status == 0 and "step 4 of 4" in text and not errors
+
+
+def test_a_second_signal_ends_at_once(call, monkeypatch):
+    """SIGINT: the first asks for an orderly stop, the second does not wait for it."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    asked = console.stop_signals()
+    signal.raise_signal(signal.SIGINT)
+    assert asked == [signal.SIGINT] and not ended
+    signal.raise_signal(signal.SIGINT)
+    assert ended == [130]
+
+
+def test_a_signal_in_the_last_step_changes_nothing(tiny, call, monkeypatch, tmp_path):
+    """SIGINT: a run that has no step left is complete, with all that belongs to it."""
+    monkeypatch.setattr(train, "stop_signals", lambda: [signal.SIGINT])
+    status, text, errors = call(train, "--data", tiny, "--steps", 1, "--out", "run", *TINY)
+    assert status == 0 and "drawn: run/samples.png" in text and not errors
+    assert Path("run/network.pt").exists()
+
+
+def test_the_data_script_writes_only_what_it_names(call):
+    """data.py: --out images.npy would put a picture in the place of the images."""
+    status, _, errors = call(files, "--out", "images.npy")
+    assert status == 2 and "must end in .png or .npz" in errors and not Path("images.npy").exists()
+    assert call(files, "-n", 3, "--out", "few.npz")[0] == 0
+    assert np.load("few.npz")["images"].shape == (3, 28, 28)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file size limits there")
+def test_a_full_disk_keeps_the_last_good_checkpoint(saved, call):
+    """Disk full while saving: the path is named, the run ends, the last checkpoint stays whole."""
+    import resource
+    before = saved.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        status, _, errors = call(train, "--resume", "--steps", 150, "--out", ".", "--device", "cpu")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (status == 2 and "checkpoint.pt could not be written" in errors
+            and "step 100" in errors and errors.count("\n") == 1)
+    assert saved.read_bytes() == before and not list(Path().glob(".*.part"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(saved, call):
+    """NaN: the step and the last good checkpoint are named, and that one is not overwritten."""
+    checkpoint = torch.load(saved, weights_only=True)
+    checkpoint["net"]["conv_in.weight"][:] = float("inf")
+    torch.save(checkpoint, saved)
+    before = saved.read_bytes()
+    status, _, errors = call(train, "--resume", "--steps", 300, "--out", saved.parent,
+                             "--device", "cpu")
+    assert (status == 2 and "the loss is nan at step 150" in errors
+            and "last good checkpoint, of step 100" in errors)
+    assert saved.read_bytes() == before
+
+
+def test_two_processes_are_one(tiny, call, tmp_path):
+    """Many devices: two processes with half the batch each end in the weights of one with all."""
+    common = ["--data", tiny, "--steps", 20, *TINY, "--T", 20, "--float32", "--out"]
+    assert call(train, *common, "one")[0] == 0
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                           str(ROOT / "train.py"), *map(str, common), "two"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("device    cpu, float32, 2 processes") == 1
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+                for name in ("one", "two"))
+    for name in one["net"]:
+        assert torch.allclose(one["net"][name], two["net"][name], rtol=1e-3, atol=2e-4), name
+    assert one["log"][0][1] == pytest.approx(two["log"][0][1], rel=1e-4)
+
+
+# ── Published networks ──────────────────────────────────────────────────────────────────────────────
+
+def published(net, blocks, attention):
+    """The network's tensors under diffusers' names, of its first version or of today's."""
+    ours = {"conv_in": "conv_in", "time_embedding.linear_1": "time.0",
+            "time_embedding.linear_2": "time.2", "down_blocks.0.resnets.0": "down.0",
+            "down_blocks.0.downsamplers.0.conv": "down.1.conv", "down_blocks.1.resnets.0": "down.2",
+            "down_blocks.1.attentions.0": "down.2.attention", "mid_block.resnets.0": "middle.0",
+            "mid_block.attentions.0": "middle.0.attention", "mid_block.resnets.1": "middle.1",
+            "up_blocks.0.resnets.0": "up.0", "up_blocks.0.attentions.0": "up.0.attention",
+            "up_blocks.0.resnets.1": "up.1", "up_blocks.0.attentions.1": "up.1.attention",
+            "up_blocks.0.upsamplers.0.conv": "up.2.conv", "up_blocks.1.resnets.0": "up.3",
+            "up_blocks.1.resnets.1": "up.4", "conv_norm_out": "norm_out", "conv_out": "conv_out"}
+    parts = {"norm1": "norm1", "conv1": "conv1", "time_emb_proj": "time", "norm2": "norm2",
+             "conv2": "conv2", "conv_shortcut": "shortcut"}
+    tensors, theirs = net.state_dict(), {}
+    for stem, our_stem in ours.items():
+        for kind in ("weight", "bias"):
+            if "resnets" in stem:
+                theirs |= {f"{stem}.{part}.{kind}": tensors[f"{our_stem}.{our_part}.{kind}"]
+                           for part, our_part in parts.items()
+                           if f"{our_stem}.{our_part}.{kind}" in tensors}
+            elif "attentions" in stem:
+                qkv = tensors[f"{our_stem}.qkv.{kind}"].chunk(3)
+                theirs |= {f"{stem}.{attention[k]}.{kind}": part for k, part in zip("qkv", qkv)}
+                theirs[f"{stem}.{attention['out']}.{kind}"] = tensors[f"{our_stem}.proj.{kind}"]
+                theirs[f"{stem}.group_norm.{kind}"] = tensors[f"{our_stem}.norm.{kind}"]
+            else:
+                theirs[f"{stem}.{kind}"] = tensors[f"{our_stem}.{kind}"]
+    return theirs
+
+
+OLD = dict(q="query", k="key", v="value", out="proj_attn")
+NEW = dict(q="to_q", k="to_k", v="to_v", out="to_out.0")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A published network: its folder, the network, its tensors under today's names."""
+    torch.manual_seed(0)
+    net = UNet(Config(image_shape=(3, 8, 8), model_channels=8, attention_resolutions=(4,),
+                      patch_size=1)).eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    (tmp_path / "config.json").write_text(json.dumps(dict(
+        sample_size=8, in_channels=3, block_out_channels=[8, 16], layers_per_block=1,
+        norm_num_groups=4, down_block_types=["DownBlock2D", "AttnDownBlock2D"], freq_shift=1)))
+    theirs = published(net, 1, NEW)
+    torch.save(theirs, tmp_path / PUBLISHED)
+    return tmp_path, net, theirs
+
+
+@pytest.mark.parametrize("names", [OLD, NEW])
+def test_published_networks_are_read(names, folder):
+    """Published weights: diffusers' names, old and new, give the same network; t counts from 0."""
+    path, net, _ = folder
+    torch.save(published(net, 1, names), path / PUBLISHED)
+    for place in (path, path / PUBLISHED):
+        loaded, found = load_network(place, CPU)
+        assert same(dict(loaded.state_dict()), dict(net.state_dict()))
+        assert found.first_t == 0 and found.image_shape == (3, 8, 8) and found.num_groups == 4
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda w: w | {"extra.weight": torch.ones(1)}, "extra.weight is left over"),
+    (lambda w: {k: v for k, v in w.items() if "to_k.bias" not in k}, "to_k.bias is missing"),
+    (lambda w: w | {"conv_in.bias": torch.ones(9)}, "conv_in.bias is (9,) and should be (8,)"),
+    (lambda w: w | {"conv_in.bias": torch.ones(1).expand(8)}, "conv_in.bias is no such tensor"),
+    (lambda w: w | {"conv_in.bias": torch.ones(8, dtype=torch.complex64)}, "no such tensor"),
+    (lambda w: w | {"conv_in.bias": torch.ones(8).to_sparse()}, "no such tensor"),
+    (lambda w: w | {"conv_in.bias": torch.nested.nested_tensor([torch.ones(8)])}, ""),
+    (lambda w: w | {"conv_in.bias": torch.ones(8, device="meta")}, "no such tensor"),
+    (lambda w: w | {"conv_in.bias": [1.0] * 8}, "no such tensor"),
+    (lambda w: tuple(w.items()), "it holds a tuple")])
+def test_a_published_network_is_believed_tensor_by_tensor(change, says, folder, call):
+    """Published weights: what differs from the described network is refused by its name."""
+    path, _, theirs = folder
+    torch.save(change(theirs), path / PUBLISHED)
+    status, _, errors = call(sample, "--weights", path, "--steps", 1, "-n", 1, "--device", "cpu")
+    assert status == 2 and errors.count("\n") == 1 and says in errors
+
+
+@pytest.mark.parametrize("setting", [
+    dict(freq_shift=0), dict(flip_sin_to_cos=True), dict(layers_per_block=2), dict(sample_size=-8),
+    dict(norm_num_groups=3), dict(block_out_channels=[8, 24]), dict(block_out_channels=[]),
+    dict(down_block_types=None), dict(dropout=2.0), dict(norm_eps=1e-5)])
+def test_settings_of_another_network_are_refused(setting, folder, call):
+    """Published weights: a description that unet.py does not follow, or that is none."""
+    path, _, _ = folder
+    theirs = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(theirs | setting))
+    status, _, errors = call(sample, "--weights", path, "--steps", 1, "-n", 1, "--device", "cpu")
+    assert status == 2 and errors.count("\n") == 1
+
+
+# ── Bad input ───────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.fixture
+def bad_files(call, tiny):
+    """Files that are no images, in the current folder."""
+    zeros = np.zeros((200, 8, 8), np.uint8)
+    arrays = {"floats": [zeros / 2], "odd": [np.zeros((9, 7, 8), np.uint8)], "none": [zeros[:0]],
+              "deep": [np.zeros((9, 8, 8, 7), np.uint8)], "labels": [zeros, np.arange(3)],
+              "negative": [zeros, -np.ones(200, int)],
+              "object": [np.array([Path("x")], dtype=object)]}
+    for name, parts in arrays.items():
+        np.savez(f"{name}.npz", *parts)
+    header, promised = io.BytesIO(), dict(descr="|u1", fortran_order=False, shape=(10**9, 10**6))
+    np.lib.format.write_array_header_1_0(header, promised)
+    with zipfile.ZipFile("liar.npz", "w") as archive:
+        archive.writestr("images.npy", header.getvalue())
+    size = struct.pack("<I", len(header.getvalue()))
+    Path("bomb.npz").write_bytes(Path("liar.npz").read_bytes().replace(
+        2 * size, size + b"\xfe\xff\xff\xff"))
+    for name, content in {"file": b"no folder", "text.npy": b"these are no images", "empty.npz": b"",
+                          "short.npz": tiny.read_bytes()[:900], "idx": idx(zeros)[:999],
+                          "idx.gz": gzip.compress(idx(zeros)[:999]),
+                          "cut.gz": gzip.compress(idx(zeros))[:40]}.items():
+        Path(name).write_bytes(content)
+    Path("folder").mkdir()
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--T", 0], "--T must be 1 .. 1000000, not 0"), (["--T", "x"], "invalid int"),
+    (["--beta-1", 0], "--beta-1 must be"), (["--beta-T", 1], "--beta-T must be"),
+    (["--beta-T", "nan"], "--beta-T must be"), (["--steps", 0], "--steps must be 1 .."),
+    (["--steps", "9" * 20], "--steps must be 1 .."), (["--batch", -1], "--batch must be 1 .."),
+    (["--batch", "9" * 20], "--batch must be 1 .."), (["--lr", 0], "--lr must be"),
+    (["--lr", "nan"], "--lr must"), (["--lr", "1e9"], "--lr must"), (["--seed", -1], "--seed"),
+    (["--seed", 2**70], "--seed"), (["--device", "nonsense"], "no device 'nonsense'"),
+    (["--device", ""], "no device ''"), (["--device", "cpu:7"], "no device 'cpu:7'"),
+    (["--device", "cuda:99"], "no device"), (["--device", "meta"], "no device"),
+    (["--schedule", "cosine", "--beta-1", 0.1], "belong to --schedule linear"),
+    (["--model-channels", 30], "no even multiple of 4 groups"), (["--channel-mult", 0], "1 .. 64"),
+    (["--nonsense"], "unrecognized arguments"), (["--out", "file/out"], "file"),
+    (["--data", "missing"], "missing: No such file"), (["--data", ""], "--data must be"),
+    (["--data", "empty.npz"], "empty.npz"), (["--data", "text.npy"], "text.npy"),
+    (["--data", "floats.npz"], "holds no uint8 images"), (["--data", "odd.npz"], "cannot halve"),
+    (["--data", "none.npz"], "holds no images"), (["--data", "short.npz"], "short.npz"),
+    (["--data", "deep.npz"], "1 or 3 channels"), (["--data", "idx"], "promises"),
+    (["--data", "idx.gz"], "promises"), (["--data", "cut.gz"], "cut.gz is not"),
+    (["--data", "folder"], "holds no images"), (["--data", "labels.npz"], "200 images but 3 labels"),
+    (["--data", "negative.npz"], "labels must be"), (["--data", "object.npz"], "object.npz"),
+    (["--data", "bomb.npz"], "would unpack to"), (["--data", "liar.npz"], "liar.npz is not"),
+    (["--resume"], "start without --resume"), (["--evaluate"], "checkpoint.pt: No such file")])
+def test_train_refuses_bad_input_in_one_line(argv, says, call, bad_files, monkeypatch):
+    """Errors: one line on stderr that names the thing, status 2, no traceback, nothing written."""
+    monkeypatch.setattr(files, "LARGEST", 1 << 30)
+    status, text, errors = call(train, *argv)
+    assert status == 2 and errors.count("\n") == 1 and errors.startswith("train.py: ")
+    assert says in errors and not Path("out").exists()
+
+
+@pytest.fixture
+def bad_weights(call, trained):
+    """Files that are no checkpoint, or one that lies, in the current folder."""
+    body = (trained[0] / "checkpoint.pt").read_bytes()
+    good = torch.load(trained[0] / "checkpoint.pt", weights_only=True)
+
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, ("code was run",)
+
+    def write(name, ema={}, **settings_):
+        tensors = {key: value for key, value in (good["ema"] | ema).items() if value is not None}
+        torch.save(dict(config=good["config"] | settings_, step=1, ema=tensors), name)
+    bias = good["ema"]["conv_in.bias"]
+    Path("file").write_text("no folder"), Path("text.pt").write_text("no checkpoint")
+    Path("short.pt").write_bytes(body[:-500])
+    Path("flipped.pt").write_bytes(body[:10**5] + bytes([body[10**5] ^ 1]) + body[10**5 + 1:])
+    torch.save(dict(config={}, step=1, ema=Code()), "code.pt"), torch.save([1, 2, 3], "list.pt")
+    write("less.pt", {"conv_in.bias": None}), write("more.pt", {"more": torch.ones(1)})
+    write("shape.pt", {"conv_in.bias": torch.ones(5)}), write("old.pt", unknown=1)
+    write("nan.pt", {"conv_out.bias": good["ema"]["conv_out.bias"] * math.nan})
+    write("view.pt", {"conv_in.bias": torch.ones(1).expand(bias.shape)})
+    write("huge.pt", model_channels=2**40), write("endless.pt", num_res_blocks=10**9)
+    write("float.pt", num_groups=4.0), write("dropout.pt", dropout=math.nan)
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["-n", 0], "-n must be 1 .."), (["-n", "9" * 20], "-n must be 1 .."),
+    (["--batch", 0], "--batch must be 1 .."), (["--steps", 0], "--steps must be 1 .."),
+    (["--device", "tpu"], "no device 'tpu'"), (["--seed", -1], "--seed"),
+    (["--label", 2], "--label must be 0 .. 1, all"), (["--label", "seven"], "--label must be"),
+    (["--label", "all", "-n", 3], "multiple of 2"), (["--guidance", "inf"], "--guidance must be"),
+    (["--guidance", -5], "--guidance must be"), (["--eta", 0.5], "--eta belongs to"),
+    (["--sampler", "ddim", "--eta", 2], "--eta must be"),
+    (["--sampler", "dpm", "--variance", "beta_tilde"], "--variance belongs to"),
+    (["--out", "x.jpg"], "must end in .png or .npz"), (["--out", "file/x.png"], "file"),
+    (["--resample", 0], "--resample must be"), (["--resample", 2], "--resample belongs to --keep"),
+    (["--keep", "left", "--data", config.DIGITS], "held-out images of (28, 28, 1)"),
+    (["--keep", "left", "-n", 21], "has 20 held-out images"),
+    (["--keep", "left", "--guidance", 2], "needs a --label"),
+    (["--weights", "missing.pt"], "missing.pt: No such file"),
+    (["--weights", "text.pt"], "is not a checkpoint"),
+    (["--weights", "short.pt"], "is not a checkpoint"), (["--weights", "flipped.pt"], "damaged"),
+    (["--weights", "code.pt"], "is not a checkpoint"), (["--weights", "list.pt"], "holds a list"),
+    (["--weights", "less.pt"], "ema.conv_in.bias is missing"),
+    (["--weights", "more.pt"], "ema.more is left over"),
+    (["--weights", "shape.pt"], "ema.conv_in.bias is (5,) and should be (16,)"),
+    (["--weights", "view.pt"], "ema.conv_in.bias is no such tensor"),
+    (["--weights", "nan.pt"], "pixels that are no numbers"),
+    (["--weights", "huge.pt"], "--model-channels must be 4 .. 4096"),
+    (["--weights", "endless.pt"], "--num-res-blocks must be"),
+    (["--weights", "float.pt"], "--num-groups must be of type int"),
+    (["--weights", "dropout.pt"], "--dropout must be"),
+    (["--weights", "old.pt"], "not those of this version")])
+def test_sample_refuses_bad_input_in_one_line(argv, says, call, trained, bad_weights):
+    """Errors: one line, status 2, no code run, nothing half-written; no checkpoint is believed."""
+    weights = [] if "--weights" in argv else ["--weights", trained[0] / "checkpoint.pt"]
+    status, text, errors = call(sample, *weights, *argv)
+    assert status == 2 and errors.count("\n") == 1 and errors.startswith("sample.py: ")
+    assert says in errors and not Path("code was run").exists()
+    assert not list(Path().glob("x.*")) and not list(Path().glob("out/*"))
+
+
+RESUMED = [("optimizer", 0, "exp_avg"), ("optimizer", 0, "step"), ("optimizer", 5),
+           ("random", "data"), ("random", "noise"), ("random",), ("net", "conv_in.weight"), ("net",),
+           ("loss_sum",), ("log",), ("log", 0), ("step",), ("device",), ("config", "batch")]
+
+
+WRONG = [torch.ones(1), torch.zeros(0), torch.ones(1).expand(16, 4, 3, 3), torch.ones(3).to_sparse(),
+         torch.ones(16, 4, 3, 3, device="meta"), torch.ones(16, 4, 3, 3, dtype=torch.complex64),
+         torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8), -1, 10**20, math.nan, "x",
+         [], {}, None, [(1, "x")], ()]
+
+
+@pytest.mark.parametrize("path", RESUMED, ids=str)
+def test_no_leaf_of_a_checkpoint_is_believed_on_resume(path, saved, call):
+    """Resume: each leaf in turn gone, or replaced by what it is not (by a few of these, or with TRIES
+    by all): one line and status 2, never a crash.
+    """
+    few = random.Random(str(path)).sample(WRONG, 2)
+    for value in ["gone", *(WRONG if "TRIES" in os.environ else few)]:
+        place = state = torch.load(saved, weights_only=True)
+        for key in path[:-1]:
+            place = place[key]
+        if isinstance(value, str) and value == "gone":
+            del place[path[-1]]
+        else:
+            place[path[-1]] = value
+        bad = saved.with_name("bad") / "checkpoint.pt"
+        bad.parent.mkdir(exist_ok=True)
+        torch.save(state, bad)
+        status, _, errors = call(train, "--resume", "--steps", 101, "--out", bad.parent,
+                                 "--device", "cpu")
+        goes_on = path[0] == "log" and isinstance(value, (list, str)) and value in ([], "gone")
+        assert status == 2 and errors.count("\n") == 1 and str(bad) in errors or goes_on
+
+
+TRIES = settings(max_examples=int(os.environ.get("TRIES", 150)))
+
+
+@st.composite
+def mutated(draw, body):
+    """A good file with some bytes changed, removed or put in."""
+    body = bytearray(body)
+    for _ in range(draw(st.integers(1, 4))):
+        position = draw(st.integers(0, len(body)))
+        body[position:position + draw(st.integers(0, 9))] = draw(st.binary(max_size=9))
+    return bytes(body)
+
+
+def good_files():
+    images, labels = np.arange(48, dtype=np.uint8).reshape(3, 4, 4), np.array([0, 1, 1])
+    packed, plain, npy = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    (np.savez_compressed(packed, images=images, labels=labels), np.savez(plain, images=images),
+     np.save(npy, images))
+    return {".npz": packed.getvalue(), "2.npz": plain.getvalue(), ".npy": npy.getvalue(),
+            "-images-idx3-ubyte": idx(images), "-images-idx3-ubyte.gz": gzip.compress(idx(images))}
+
+
+@TRIES
+@given(st.data())
+def test_any_bytes_are_images_or_refused(tmp_path_factory, data_):
+    """Readers: random bytes, and good files with bytes changed, give images, ValueError or OSError,
+    and no more.
+    """
+    name, good = data_.draw(st.sampled_from(sorted(good_files().items())))
+    path = tmp_path_factory.getbasetemp() / f"fuzz{name}"
+    path.write_bytes(data_.draw(mutated(good) | st.binary(max_size=200)))
+    try:
+        found, labels = files.load(path)
+        assert (found.dtype == np.uint8 and found.ndim == 4
+                and (labels is None or len(labels) == len(found)))
+    except (ValueError, OSError):
+        pass
+
+
+def tiny_checkpoint():
+    settings_ = Config(image_shape=(1, 4, 4), model_channels=8, channel_mult=(1,), num_classes=2,
+                       patch_size=1, float32=True, T=3, beta_1=0.1, beta_T=0.2)
+    return dict(config=asdict(settings_), step=1, ema=dict(UNet(settings_).state_dict()))
+
+
+anything = st.one_of(st.none(), st.integers(-9, 9), st.sampled_from([10**9, 2**62]), st.floats(),
+                     st.text(max_size=3), st.lists(st.integers(-1, 5), max_size=3),
+                     st.just({}), st.builds(torch.zeros, st.integers(0, 3)))
+
+
+@TRIES
+@given(st.data())
+def test_any_bytes_are_a_checkpoint_or_refused(tmp_path_factory, data_):
+    """Readers: the same for checkpoints, their bytes changed, or their values changed or removed:
+    only ValueError or OSError comes out, no code is run, and what is accepted draws an image.
+    """
+    checkpoint, buffer = tiny_checkpoint(), io.BytesIO()
+    place = data_.draw(st.sampled_from([checkpoint, checkpoint["config"], checkpoint["ema"]]))
+    if data_.draw(st.booleans()):
+        name = data_.draw(st.sampled_from(sorted(place)))
+        del place[name]
+        if data_.draw(st.booleans()):
+            place[name] = data_.draw(anything)
+    torch.save(checkpoint, buffer)
+    path, good = tmp_path_factory.getbasetemp() / "fuzz.pt", buffer.getvalue()
+    path.write_bytes(data_.draw(st.just(good) | mutated(good) | st.binary(max_size=200)
+                                | st.builds(pickle.dumps, st.text())))
+    try:
+        net, settings_ = load_network(path, CPU)
+    except (ValueError, OSError):
+        return
+    label = torch.zeros(1, dtype=torch.long) if settings_.num_classes else None
+    assert len(list(sample.generate(net, settings_, Sampling(steps=1), range(1), label))) == 2
+
+
+# ── The README ──────────────────────────────────────────────────────────────────────────────────────
+
+README = (ROOT / "README.md").read_text()
+QUICK_START = re.search(r"```sh\n(.*?)```", README, re.S)[1].splitlines()
+
+
+def flags():
+    """Every option of every script."""
+    for parser in (train.arguments(), sample.arguments()):
+        for action in parser._actions:
+            yield from action.option_strings
+
+
+def test_the_readme_names_only_what_exists():
+    """README: every link leads to the line of its function; every test, file and flag is there."""
+    links = re.findall(r"\[`(\w+\.py): (\w+)`\]\((\w+\.py)#L(\d+)\)", README)
+    assert len(links) > 30
+    for shown, name, file, number in links:
+        line = (ROOT / file).read_text().splitlines()[int(number) - 1]
+        assert shown == file and re.match(rf"(def|class) {name}\b", line), (file, name)
+    code = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py")])
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert name in ("test_math", "test_scripts") or f"def {name}(" in code, name
+    files = re.findall(r"`((?:assets/)?[\w-]+\.(?:py|npz|pt|txt))`|\]\((assets/[\w./-]+)\)", README)
+    for name in map("".join, files):
+        assert (ROOT / name).exists() or name in ("checkpoint.pt", "network.pt"), name
+    known = {*flags(), "--hypothesis-profile", "--nproc_per_node"}
+    for flag in re.findall(r"(?<![\w-])(--[a-z][\w-]*)", README):
+        assert flag in known, flag
+
+
+def test_the_readme_s_commands_are_understood(monkeypatch):
+    """README: every `python train.py ...` and `python sample.py ...` is one that it understands."""
+    commands = re.findall(r"python ((?:train|sample)\.py[^`\n]*)", README)
+    assert len(commands) > 10
+    for command in commands:
+        script, *argv = shlex.split(command)
+        {"train.py": train, "sample.py": sample}[script].arguments().parse_args(argv)
+
+
+@pytest.mark.parametrize("line", QUICK_START)
+def test_the_quick_start_runs(line, tmp_path):
+    """README: each line of the quick start, made short where it takes long."""
+    if line == "pip install -r requirements.txt":
+        names = re.findall(r"^\w+", (ROOT / "requirements.txt").read_text(), re.M)
+        assert names == ["numpy", "torch", "pytest", "hypothesis"]
+    elif line == "pytest":
+        done = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", str(ROOT)],
+                              capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0 and "test_posterior_is_bayes_rule" in done.stdout
+    else:
+        program, script, *argv = shlex.split(line)
+        short = ["-n", 4] if script == "sample.py" else ["--batch", 2, "--T", 2, "--beta-T", 0.9]
+        assert program == "python"
+        run(script, *argv, "--steps", 2, *short, cwd=tmp_path)
+        assert decoded(tmp_path / "out/samples.png")[0].std() > 10
