@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import ddpm
 from ddpm import Schedule
@@ -19,7 +18,8 @@ from support.checkpoint import load_network
 from support.config import DIGITS, Config, Sampling, add_options, given
 from support.console import Parser, one_line_errors
 from support.devices import autocast, choose_device
-from support.drawing import COMPLETIONS, collect, completion_rows, image_noise, labels_for
+from support.drawing import (COMPLETIONS, collect, completion_rows, image_noise, labels_for,
+                             projection)
 from support.images import (atomic_write, held_out_images, picture_path, to_batch, to_pictures,
                             write_images)
 from unet import UNet
@@ -174,24 +174,6 @@ def completed(step: Callable, known: Tensor, project: Callable, schedule: Schedu
     return complete
 
 
-QUARTERS = {"left": (0, 4, 0, 2), "right": (0, 4, 2, 4), "top": (0, 2, 0, 4),
-            "bottom": (2, 4, 0, 4), "centre": (1, 3, 1, 3)}        # rows from, to; columns from, to
-
-
-def projection(keep: str, height: int, width: int) -> Callable:
-    """P, with P P = P: a half or the centre (inpainting, outpainting), or "coarse", the means over
-    4 x 4 pixels (super-resolution).
-    """
-    if keep == "coarse":
-        if height % 4 or width % 4:
-            raise ValueError("--keep coarse needs images whose sides are multiples of 4")
-        return lambda x: F.interpolate(F.avg_pool2d(x, 4), scale_factor=4)
-    top, bottom, left, right = QUARTERS[keep]
-    mask = torch.zeros(height, width)
-    mask[height * top // 4:height * bottom // 4, width * left // 4:width * right // 4] = 1
-    return lambda x: mask.to(x) * x
-
-
 # ── Whole images ──────────────────────────────────────────────────────────────────────────────────
 
 def schedule_from(config: Config) -> Schedule:
@@ -254,25 +236,24 @@ def main():
         sampling, device = Sampling(**given(args, Sampling)), choose_device(args.device)
         path = args.weights or (LAST if LAST.exists() else SHIPPED)
         net, config = load_network(path, device)
-        total, known = sampling.n or 100, None
+        steps, known = sampling.calls(config.T), None
+        total, columns = sampling.n or (8 if sampling.keep else 100), None
         if sampling.keep:
-            total = sampling.n or 8
             originals, _ = held_out_images(args.data, config, least=total, most=total)
             known = to_batch(torch.from_numpy(originals).to(device))
-            total = COMPLETIONS * total
+            kept = to_pictures(projection(sampling.keep, *known.shape[2:])(known))
+            known, total = known.repeat_interleave(COMPLETIONS, 0), COMPLETIONS * total
         labels = labels_for(sampling, config.num_classes, total)
-        steps = sampling.calls(config.T)
-        shown = sorted({steps, *range(0, steps * args.animate, max(1, steps // 40))})
         print(f"{path} on {device}: {sampling.sampler}, {steps} steps")
 
         def walk(part):
             label = None if labels is None else torch.from_numpy(labels[part]).to(device)
-            parts = None if known is None else known.repeat_interleave(COMPLETIONS, 0)[part]
-            return generate(net, config, sampling, range(total)[part], label, parts)
+            return generate(net, config, sampling, range(total)[part], label,
+                            None if known is None else known[part])
+        shown = sorted({steps, *range(0, steps * args.animate, max(1, steps // 40))})
         with atomic_write(args.out) as file:
-            frames, columns = collect(walk, total, sampling.batch, steps, shown), None
-            if known is not None and args.out.suffix == ".png":
-                kept = to_pictures(projection(sampling.keep, *known.shape[2:])(known))
+            frames = collect(walk, total, sampling.batch, steps, shown)
+            if sampling.keep and args.out.suffix == ".png":
                 frames = [completion_rows(originals, kept, frame) for frame in frames]
                 columns = 2 + COMPLETIONS
             elif sampling.label == "all":

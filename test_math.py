@@ -29,7 +29,7 @@ from ddpm import (Schedule, cosine, draw, linear, log_normal, q_between, q_margi
 from posterior import A1, A2, C, beta_tilde, kl, reverse_mean, reverse_step
 from support.config import PRESETS, Config, Sampling
 from support.devices import SharedGenerator
-from support.drawing import image_noise
+from support.drawing import image_noise, projection
 from unet import Attention, Block, Downsample, UNet, parameters, time_embedding
 
 # ── What is drawn, and how near is near ───────────────────────────────────────────────────────────
@@ -1000,25 +1000,41 @@ def test_a_perfect_network_has_no_loss():
         1, abs=0.05)
 
 
-@given(st.integers(1, 64), st.sampled_from([1, 2, 10, 1000]), st.integers(1, 3))
-def test_several_processes_draw_what_one_draws(count, T, world):
-    """Ho Algorithm 1, lines 3 and 4: t in 1..T, ε of any shape; shares of one draw, one by one."""
-    one, shares = SharedGenerator(7), [SharedGenerator(7, "cpu", k, world) for k in range(world)]
-    for draw_from in (lambda rng, n: rng.integers(1, T, n), lambda rng, n: rng.uniform(n),
-                      lambda rng, n: rng.standard_normal((n, 2, 3))):
-        whole, parts = draw_from(one, count * world), [draw_from(rng, count) for rng in shares]
-        assert torch.equal(torch.stack(parts, 1).reshape(whole.shape), whole)
-    t = one.integers(1, T, count)
+@given(st.integers(1, 64), st.integers(1, 3))
+def test_several_processes_draw_what_one_draws(count, world):
+    """Ho Algorithm 1, lines 2 to 4: the parts of all processes, dealt in turn, are one's whole."""
+    one = SharedGenerator(7)
+    parts = [SharedGenerator(7, "cpu", rank, world) for rank in range(world)]
+    for numbers in (lambda rng, n: rng.integers(0, 9, n), lambda rng, n: rng.uniform(n),
+                    lambda rng, n: train.stratified_t(n, 1000, rng),
+                    lambda rng, n: rng.standard_normal((n, 2, 3))):
+        whole, dealt = numbers(one, count * world), [numbers(rng, count) for rng in parts]
+        assert torch.equal(torch.stack(dealt, 1).reshape(whole.shape), whole)
+
+
+@given(st.integers(1, 300), st.sampled_from([1, 2, 10, 1000]), st.integers(0, 10**6))
+def test_t_is_drawn_from_1_to_T(count, T, seed):
+    """Ho Algorithm 1, line 3: every t in 1..T, and T too; the k-th draw is in the k-th part."""
+    t = train.stratified_t(count, T, SharedGenerator(seed)).numpy()
     assert t.min() >= 1 and t.max() <= T and len(t) == count
+    assert np.all(np.abs((t - 0.5) / T - (np.arange(count) + 0.5) / count)
+                  <= 0.5 / T + 0.5 / count + 1e-6)
+
+
+def test_the_largest_uniform_is_still_a_time(monkeypatch):
+    """Ho Algorithm 1, line 3: u may round up to 1 in float32, and t = T + 1 is in no table."""
+    monkeypatch.setattr(torch, "rand", lambda shape, **to: torch.full(shape, 1 - 2.0 ** -24))
+    assert train.stratified_t(64, 1000, SharedGenerator(0))[-1] == 1000
 
 
 def test_every_t_is_equally_likely():
-    """Ho Algorithm 1, line 3: of 20,000 draws of 1..10 each is about a tenth.
+    """Ho Algorithm 1, line 3: of 20,000 draws of 1..10 in batches of 3 each is about a tenth.
 
-    Six standard errors of 0.0021: a false alarm once in 10⁸, and a t that is never drawn, or drawn
-    by an eighth too often, is found.
+    Six standard errors of 0.0021: a false alarm once in 10⁸; a t that is never drawn, or drawn by
+    an eighth too often, is found.
     """
-    t = SharedGenerator(0).integers(1, 10, 20000)
+    noise = SharedGenerator(0)
+    t = torch.cat([train.stratified_t(3, 10, noise) for _ in range(20000 // 3)])
     fractions = np.bincount(t.numpy(), minlength=11)[1:] / len(t)
     assert np.all(np.abs(fractions - 0.1) < 6 * math.sqrt(0.09 / 20000))
 
@@ -1036,7 +1052,7 @@ def test_algorithm_1_is_its_six_lines():
         return 0.5 * x_t
     loop = train.algorithm_1(eps_theta, lambda: next(batches), tables, noise, descended.append)
     for k, loss in zip(range(3), loop):
-        t, eps = replay.integers(1, 1000, 5), replay.standard_normal((5, 1, 2, 2))
+        t, eps = train.stratified_t(5, 1000, replay), replay.standard_normal((5, 1, 2, 2))
         x0, label = data[k]
         x_t = sample.q_sample(x0, t, eps, tables)
         assert torch.equal(seen[k][0], x_t) and torch.equal(seen[k][1], t) and len(seen) == k + 1
@@ -1406,7 +1422,7 @@ def test_what_is_kept_is_a_projection(keep, rows, columns, seed):
     the means over 4 x 4 pixels.
     """
     height, width = 4 * rows, 4 * columns
-    P = sample.projection(keep, height, width)
+    P = projection(keep, height, width)
     (x, x32), (_, y32) = batch_of(seed, 2, 3, height, width), batch_of(seed + 1, 2, 3, height, width)
     near32(P(P(x32)), P(x32).numpy())
     near32(P(2 * x32 - y32), (2 * P(x32) - P(y32)).numpy(), condition=3)
@@ -1426,7 +1442,7 @@ def test_what_is_kept_is_a_projection(keep, rows, columns, seed):
 def test_a_coarse_image_needs_whole_blocks():
     """completion: sides that are no multiples of 4 have no 4 x 4 means."""
     with pytest.raises(ValueError, match="multiples of 4"):
-        sample.projection("coarse", 8, 6)
+        projection("coarse", 8, 6)
 
 
 @pytest.mark.parametrize("keep", KINDS)
@@ -1438,7 +1454,7 @@ def test_completion_keeps_what_is_known(keep, resample):
     Five standard errors of at least 3,200 draws: a false alarm once in 10⁶, and a mean off by 0.1
     or a variance by an eighth is found.
     """
-    schedule, P = linear(12, 0.01, 0.3), sample.projection(keep, 8, 8)
+    schedule, P = linear(12, 0.01, 0.3), projection(keep, 8, 8)
     known = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8).repeat(800, 1, 1, 1)
     sampling = Sampling("dpm", keep=keep, resample=resample, steps=12)
     walk = list(sample.generate(Half(), WALK, sampling, range(800), known=known))

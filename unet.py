@@ -112,43 +112,45 @@ class UNet(nn.Module):
             raise ValueError(f"{width} model channels are no even multiple of {groups} groups")
         self.width, self.patch, self.num_classes = width, patch, config.num_classes
         self.factor = patch * 2 ** (len(config.channel_mult) - 1)
-        channels, size, image_width = config.image_shape
-        self.check_size(size, image_width)
-        c_time, c, size = 4 * width, width, size // patch
+        channels, height, image_width = config.image_shape
+        self.check_size(height, image_width)
+        c_time, last = 4 * width, config.channel_mult[0] * width
 
         self.time = nn.Sequential(nn.Linear(width, c_time), nn.SiLU(), nn.Linear(c_time, c_time))
         self.label = None
         if config.num_classes:    # nn.Embedding(…) on "meta" would load torch's compiler: half a
             table = torch.randn(config.num_classes + 1, c_time)                        # second more
             self.label = nn.Embedding.from_pretrained(table, freeze=False)
-        self.conv_in = nn.Conv2d(channels * patch ** 2, c, 3, padding=1)
+        self.conv_in = nn.Conv2d(channels * patch ** 2, width, 3, padding=1)
+        self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.add_levels(config, c_time)
+        self.norm_out = Norm(groups, last, eps=1e-6)
+        self.conv_out = nn.Conv2d(last, channels * patch ** 2, 3, padding=1)
+        self.initialise()
 
-        def block(c_in, c_out):
-            attends = size in config.attention_resolutions
-            return Block(c_in, c_out, c_time, groups, config.dropout, attends)
-        skips = [c]
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+    def add_levels(self, config, c_time: int):
+        """Down, halving between the levels; the middle; and up again, with a skip for each block."""
+        def block(c_in, c_out, attention):
+            return Block(c_in, c_out, c_time, config.num_groups, config.dropout, attention)
+        c, size, skips = self.width, config.image_shape[1] // self.patch, [self.width]
         for level, mult in enumerate(config.channel_mult):
             if level > 0:
                 self.down.append(Downsample(c))
                 skips.append(c)
                 size = size // 2
             for _ in range(config.num_res_blocks):
-                self.down.append(block(c, mult * width))
-                c = mult * width
+                self.down.append(block(c, mult * self.width, size in config.attention_resolutions))
+                c = mult * self.width
                 skips.append(c)
-        self.middle = nn.ModuleList([Block(c, c, c_time, groups, config.dropout, attention=True),
-                                     Block(c, c, c_time, groups, config.dropout, attention=False)])
+        self.middle.extend([block(c, c, attention=True), block(c, c, attention=False)])
         for level, mult in reversed(list(enumerate(config.channel_mult))):
             for _ in range(config.num_res_blocks + 1):
-                self.up.append(block(c + skips.pop(), mult * width))
-                c = mult * width
+                self.up.append(block(c + skips.pop(), mult * self.width,
+                                     size in config.attention_resolutions))
+                c = mult * self.width
             if level > 0:
                 self.up.append(Upsample(c))
                 size = size * 2
-        self.norm_out = Norm(groups, c, eps=1e-6)
-        self.conv_out = nn.Conv2d(c, channels * patch ** 2, 3, padding=1)
-        self.initialise()
 
     def initialise(self):
         """As the paper's authors: variance 1/fan_avg, and each residual branch begins as zero."""

@@ -20,9 +20,6 @@ from unet import UNet
 
 PUBLISHED = "diffusion_pytorch_model.bin"
 
-
-# ── What a file is believed ───────────────────────────────────────────────────────────────────────
-
 def read(path: Path, kind: str) -> dict:
     """What the file holds, as it stands there: no code in it is run, and it cannot outgrow itself."""
     with open(path, "rb") as file, parsing(path, kind):
@@ -40,31 +37,26 @@ def read(path: Path, kind: str) -> dict:
 def copied(template, found, name: str):
     """The values of `found` in a copy of the template: new tensors of its shapes and types.
 
-    The one entry of a list stands for any number of its kind.  Raises ValueError, with the name of
-    the first leaf that differs in kind, shape, layout or number.
+    The one entry of a list stands for any number of its kind.  Raises ValueError, with its name,
+    for the first leaf that differs in kind, shape, layout or number.
     """
     if isinstance(template, Tensor):
-        plain = (isinstance(found, Tensor) and found.layout == torch.strided
-                 and found.device.type == "cpu" and not found.is_quantized
-                 and (found.dtype == template.dtype
-                      or found.is_floating_point() and template.is_floating_point())
-                 and found.is_contiguous())                    # not one number, a thousand times
-        if not plain or found.shape != template.shape:
-            what = tuple(found.shape) if plain else "no such tensor"
-            raise ValueError(f"{name} is {what} and should be {tuple(template.shape)}")
+        if not (isinstance(found, Tensor) and found.layout == torch.strided and found.is_contiguous()
+                and found.device.type == "cpu" and found.shape == template.shape
+                and (found.dtype == template.dtype
+                     or found.is_floating_point() and template.is_floating_point())):
+            raise ValueError(f"{name} is no tensor of {tuple(template.shape)}")
         return torch.empty(template.shape, dtype=template.dtype).copy_(found.detach())
-    if not isinstance(found, dict if isinstance(template, dict) else type(template)):
-        raise ValueError(f"{name} is a {type(found).__name__}, not a {type(template).__name__}")
+    if not isinstance(found, type(template)) or (
+            isinstance(template, tuple) and len(found) != len(template)):
+        raise ValueError(f"{name} is no {type(template).__name__} such as {template!r:.40}")
     if isinstance(template, dict):
-        for key in [*template, *found]:
-            if (key in template) != (key in found):
-                raise ValueError(f"{name}.{key} is {'missing' if key in template else 'left over'}")
+        for key in template.keys() ^ found.keys():
+            raise ValueError(f"{name}.{key} is {'missing' if key in template else 'left over'}")
         return {key: copied(value, found[key], f"{name}.{key}") for key, value in template.items()}
     if isinstance(template, list):
         return [copied(template[0], value, f"{name}.{i}") for i, value in enumerate(found)]
     if isinstance(template, tuple):
-        if len(template) != len(found):
-            raise ValueError(f"{name} has {len(found)} parts, not {len(template)}")
         return tuple(copied(*both, name) for both in zip(template, found))
     return found
 
@@ -79,12 +71,9 @@ def config_of(found: dict) -> Config:
 
 def load_network(path: str | Path, device: torch.device) -> tuple[UNet, Config]:
     """The averaged network of our own checkpoint, or a published one, and its settings."""
-    path = Path(path)
-    if path.is_dir() or path.name == PUBLISHED:
-        path = path / PUBLISHED if path.is_dir() else path
-        found = read_published(path)
-    else:
-        found = read(path, "a checkpoint of train.py")
+    path = Path(path) / PUBLISHED if Path(path).is_dir() else Path(path)
+    found = (read_published(path) if path.name == PUBLISHED
+             else read(path, "a checkpoint of train.py"))
     with parsing(path, "a network that can be built"):
         config = config_of(found)
         with torch.device("meta"):    # shapes only: nothing is allocated before it has been checked
@@ -93,8 +82,6 @@ def load_network(path: str | Path, device: torch.device) -> tuple[UNet, Config]:
         net.load_state_dict(weights, assign=True)
     return net.to(device, memory_format=torch.channels_last).eval(), config
 
-
-# ── Published networks ────────────────────────────────────────────────────────────────────────────
 
 # A part of one of our names, and what diffusers calls it.
 THEIR_NAMES = (

@@ -4,9 +4,8 @@ A setting without help is no option: it follows from the data.  To compute somet
 presets do, write another one below, or name the fields that differ on the command line.
 """
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 DIGITS = Path(__file__).resolve().parents[1] / "assets" / "digits.npz"
 
@@ -22,29 +21,28 @@ def flag(name: str) -> str:
     return "-n" if name == "n" else "--" + name.replace("_", "-")
 
 
-def check(setting: Field, value: Any):
-    """Raise ValueError, in words, for a value of another kind or outside its range."""
-    rule, several = setting.metadata, isinstance(setting.default, tuple)
-    if value is None and setting.default is None:
-        return
-    parts = value if several and type(value) is tuple else (value,)
-    if several != (type(value) is tuple) or any(type(part) is not rule["kind"] for part in parts):
-        raise ValueError(f"{flag(setting.name)} must be of type {rule['kind'].__name__}, "
-                         f"not {value!r:.40}")
-    if rule["choices"] and value not in rule["choices"]:
-        raise ValueError(f"{flag(setting.name)} must be one of {', '.join(rule['choices'])}, "
-                         f"not {value!r:.40}")
-    sizes = [len(part) if type(part) is str else part for part in parts]
-    if rule["low"] is not None and not (1 <= len(sizes) <= 16 and all(
-            rule["low"] <= size <= rule["high"] for size in sizes)):
-        raise ValueError(f"{flag(setting.name)} must be {rule['low']} .. {rule['high']}, "
-                         f"not {str(value)[:40]!s}")
+def check(settings):
+    """Raise ValueError for the first setting that is of another kind, or outside its range."""
+    for rule in fields(settings):
+        value, kind, low, high, choices = getattr(settings, rule.name), *map(
+            rule.metadata.get, ("kind", "low", "high", "choices"))
+        parts = value if isinstance(rule.default, tuple) else (value,)
+        fits = type(parts) is tuple and 1 <= len(parts) <= 16 and all(
+            type(part) is kind and (choices is None or part in choices)
+            and (low is None or low <= (len(part) if kind is str else part) <= high)
+            for part in parts)
+        if not fits and not (value is None and rule.default is None):
+            wanted = (", ".join(choices) if choices else kind.__name__ if low is None
+                      else f"{low} .. {high}")
+            raise ValueError(f"{flag(rule.name)} must be {wanted}, not {value!r:.40}")
 
 
 @dataclass(frozen=True)
 class Config:
     """What a training run computes, wholly.  The defaults draw the best digits in a few minutes."""
 
+    preset: str = setting("digits", "the settings to begin with: these, or the paper's for CIFAR10",
+                          choices=("digits", "cifar10"))
     data: str | None = setting(None, "IDX files, .npz, .npy or a folder (the digits in assets/)",
                                1, 4096, kind=str)
     labels: bool = setting(True, "learn the images' labels too, if they have any")
@@ -81,8 +79,7 @@ class Config:
     first_t: int = setting(1, low=0, high=1)       # published networks count the steps from 0
 
     def __post_init__(self):
-        for setting in fields(self):
-            check(setting, getattr(self, setting.name))
+        check(self)
         if self.schedule == "cosine" and (self.beta_1, self.beta_T) != (1e-4, 0.02):
             raise ValueError("--beta-1 and --beta-T belong to --schedule linear")
         if len(self.image_shape) != 3:
@@ -93,7 +90,7 @@ PRESETS = {
     "digits": Config(),           # found by measurement: the best digits after minutes on two cores
     # Ho et al. (2020), appendix B
     "cifar10": Config(
-        labels=False, flip=True, steps=800_000, batch=128, lr=2e-4, warmup=5000, decay=False,
+        preset="cifar10", labels=False, flip=True, steps=800_000, batch=128, lr=2e-4, warmup=5000, decay=False,
         beta2=0.999, ema_decay=0.9999, model_channels=128, channel_mult=(1, 2, 2, 2),
         num_res_blocks=2, attention_resolutions=(16,), dropout=0.1, num_groups=32, patch_size=1,
         image_shape=(3, 32, 32)),
@@ -126,8 +123,7 @@ class Sampling:
     seed: int = setting(0, "of the noise and of random labels", 0, 2**62)
 
     def __post_init__(self):
-        for setting in fields(self):
-            check(setting, getattr(self, setting.name))
+        check(self)
         if self.variance != "beta" and self.sampler != "ddpm":
             raise ValueError("--variance belongs to --sampler ddpm")
         if self.eta is not None and self.sampler == "ddpm":
@@ -147,28 +143,22 @@ class Sampling:
         return float(self.sampler == "dpm") if self.eta is None else self.eta
 
 
-# ── The command line ──────────────────────────────────────────────────────────────────────────────
-
 def add_options(parser: ArgumentParser, settings: type):
     """An option for each setting that has help."""
-    for setting in (f for f in fields(settings) if f.metadata["help"]):
-        rule, shown = setting.metadata, setting.default
-        if isinstance(shown, tuple):
-            shown = " ".join(map(str, shown))
-        help = rule["help"] + (f" ({shown})" if shown is not None else "")
-        options = dict(type=rule["kind"], choices=rule["choices"])
-        if rule["kind"] is bool:
-            options = dict(action=BooleanOptionalAction)
-        elif isinstance(setting.default, tuple):
-            options = dict(type=int, nargs="+")
-        parser.add_argument(flag(setting.name), dest=setting.name, default=SUPPRESS, help=help,
-                            **options)
+    for rule in (f for f in fields(settings) if f.metadata["help"]):
+        shown, kind = rule.default, rule.metadata["kind"]
+        shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else shown
+        how = dict(type=kind, choices=rule.metadata["choices"])
+        if kind is bool:
+            how = dict(action=BooleanOptionalAction)
+        elif isinstance(rule.default, tuple):
+            how = dict(type=kind, nargs="+")
+        parser.add_argument(flag(rule.name), dest=rule.name, default=SUPPRESS, **how, help=(
+            rule.metadata["help"] + (f" ({shown})" if shown is not None else "")))
 
 
-def given(args, settings: type, preset=None) -> dict:
-    """The settings that were named on the command line; those of a preset, but its steps, before."""
-    named = {f.name: getattr(preset, f.name) for f in fields(settings)
-             if preset and f.metadata["help"] and f.name not in ("steps", "data")}
-    named |= {f.name: getattr(args, f.name) for f in fields(settings) if hasattr(args, f.name)}
+def given(args, settings: type) -> dict:
+    """The settings that were named on the command line."""
+    named = {f.name: getattr(args, f.name) for f in fields(settings) if hasattr(args, f.name)}
     return {name: tuple(value) if isinstance(value, list) else value
             for name, value in named.items()}

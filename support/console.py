@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -47,27 +48,19 @@ class Progress:
     def __call__(self, line: str, last: bool = False):
         if last or time.monotonic() >= self.due:
             self.due = time.monotonic() + (0.1 if self.terminal else 15)
-            start, end = ("\r", "\n" if last else "") if self.terminal else ("", "\n")
-            print(f"{start}{line:<78}" if self.terminal else line, end=end, flush=True)
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (f"{hours}h{minutes:02}m" if hours
-            else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s")
+            end = "\n" if last or not self.terminal else ""
+            print(f"\r{line:<78}" if self.terminal else line, end=end, flush=True)
 
 
 def reporter(run) -> Callable:
     """report() tells in one line how a training run goes."""
-    progress, first, start = Progress(), run.step, time.monotonic()
-    steps, batch = run.config.steps, run.config.batch
+    progress, first, start, steps = Progress(), run.step, time.monotonic(), run.config.steps
 
     def report():
         rate = (run.step - first) / (time.monotonic() - start)
+        left = timedelta(seconds=round((steps - run.step) / rate))
         progress(f"step {run.step} of {steps} · loss {run.log[-1][1]:.4f} · "
-                 f"{rate * batch:.0f} images/s · {duration((steps - run.step) / rate)} left",
-                 last=run.step == steps)
+                 f"{rate * run.config.batch:.0f} images/s · {left} left", last=run.step == steps)
     return report if run.rank == 0 else lambda: None
 
 
@@ -88,9 +81,8 @@ def chart(log: list, width: int = 72, height: int = 8) -> str:
     """The loss along the run, in text; the scale is logarithmic."""
     parts = np.array_split([loss for _, loss in log], min(width, len(log)))
     y = np.log10([part.mean() for part in parts])
-    low, high = y.min(), max(y.max(), y.min() + 1e-3)
-    level = np.rint((y - low) / (high - low) * (height - 1))
-    rows = ["".join("●" if at == row else " " for at in level) for row in reversed(range(height))]
-    marks = 10 ** np.linspace(high, low, height)
-    return "\n".join(f"{mark:8.4f} │{row}" for mark, row in zip(marks, rows)) + (
-        f"\n    loss └{'─' * len(y)} step {log[-1][0]}")
+    marks = np.linspace(max(y.max(), y.min() + 1e-3), y.min(), height)
+    row = np.abs(y - marks[:, None]).argmin(0)
+    lines = [f"{10 ** mark:8.4f} │{''.join('●' if at == k else ' ' for at in row)}"
+             for k, mark in enumerate(marks)]
+    return "\n".join([*lines, f"    loss └{'─' * len(y)} step {log[-1][0]}"])

@@ -69,22 +69,13 @@ def parallel(net: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(net) if dist.is_initialized() else net
 
 
-def mean_of_all(value: Tensor) -> float:
-    """The mean over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-        value = value / dist.get_world_size()
-    return value.item()
-
-
-def agreed(asked: list[int], device: torch.device, look: bool) -> int:
-    """The signal that asks to stop, or 0.  What one process is asked all do, at the same look."""
+def over_all(value: float, device: torch.device, largest: bool = False) -> float:
+    """The mean of all processes' values, or the largest of them."""
     if not dist.is_initialized():
-        return asked[0] if asked else 0
-    number = torch.tensor(max(asked, default=0), device=device)
-    if look:
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number) if look else 0
+        return value
+    value = torch.tensor(float(value), device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    return value.item() / (1 if largest else dist.get_world_size())
 
 
 class SharedGenerator:
@@ -108,6 +99,11 @@ class SharedGenerator:
 
     def uniform(self, count: int) -> Tensor:
         return self._part(torch.rand, count)
+
+    def stratified(self, count: int) -> Tensor:
+        """Uniform in [0, 1), one from each of as many equal parts as all processes draw."""
+        parts = torch.arange(count * self.world, device=self.generator.device)[self.rank::self.world]
+        return (parts + self.uniform(count)) / (count * self.world)
 
     def standard_normal(self, shape) -> Tensor:
         return self._part(torch.randn, *shape)

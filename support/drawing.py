@@ -1,16 +1,20 @@
-"""Many images at once: the noise and the label of each, batch after batch."""
+"""Many images at once: the noise and the label of each, what is kept of them, batch after batch."""
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from support.config import Sampling
-from support.console import Progress, duration
+from support.console import Progress
 from support.images import to_pictures
 
 COMPLETIONS = 4             # of each image, with --keep
+QUARTERS = {"left": (0, 4, 0, 2), "right": (0, 4, 2, 4), "top": (0, 2, 0, 4),
+            "bottom": (2, 4, 0, 4), "centre": (1, 3, 1, 3)}        # rows from, to; columns from, to
 
 
 def image_noise(seed: int, indices: range, shape: tuple, device) -> Callable[[], Tensor]:
@@ -32,13 +36,13 @@ def labels_for(sampling: Sampling, num_classes: int, total: int) -> np.ndarray |
     Raises ValueError for a label that the network does not know.
     """
     label = sampling.label or ("none" if sampling.keep else "random")
-    if not num_classes and (sampling.label or sampling.guidance != 1):
-        raise ValueError("this network knows no labels: leave --label and --guidance out")
-    if label == "all" and num_classes and total % num_classes:
-        raise ValueError(f"-n must be a multiple of {num_classes} with --label all, not {total}")
     if not num_classes:
+        if sampling.label or sampling.guidance != 1:
+            raise ValueError("this network knows no labels: leave --label and --guidance out")
         return None
     if label == "all":
+        if total % num_classes:
+            raise ValueError(f"-n must be a multiple of {num_classes} with --label all, not {total}")
         return np.arange(total) * num_classes // total
     if label == "random":
         streams = (np.random.default_rng((sampling.seed, i, 1)) for i in range(total))
@@ -47,6 +51,20 @@ def labels_for(sampling: Sampling, num_classes: int, total: int) -> np.ndarray |
         raise ValueError(f"--label must be 0 .. {num_classes - 1}, all, none or random, "
                          f"not {label!r}")
     return np.full(total, num_classes if label == "none" else int(label))
+
+
+def projection(keep: str, height: int, width: int) -> Callable[[Tensor], Tensor]:
+    """P, with P P = P: a half or the centre (inpainting, outpainting), or "coarse", the means over
+    4 x 4 pixels (super-resolution).
+    """
+    if keep == "coarse":
+        if height % 4 or width % 4:
+            raise ValueError("--keep coarse needs images whose sides are multiples of 4")
+        return lambda x: F.interpolate(F.avg_pool2d(x, 4), scale_factor=4)
+    top, bottom, left, right = QUARTERS[keep]
+    mask = torch.zeros(height, width)
+    mask[height * top // 4:height * bottom // 4, width * left // 4:width * right // 4] = 1
+    return lambda x: mask.to(x) * x
 
 
 def collect(walk: Callable[[slice], Iterator[Tensor]], total: int, batch: int, steps: int,
@@ -61,7 +79,7 @@ def collect(walk: Callable[[slice], Iterator[Tensor]], total: int, batch: int, s
         for k, x_t in enumerate(walk(part)):
             spent = max(time.monotonic() - start, 1e-9)
             done = (first + (part.stop - first) * k / steps) / total
-            left = f"{duration(spent / done - spent)} left" if done else ""
+            left = f"{timedelta(seconds=round(spent / done - spent))} left" if done else ""
             progress(f"step {k} of {steps} · images {first + 1} to {part.stop} of {total} · "
                      f"{total * done / spent:.1f} images/s · {left}", last=done == 1)
             if k in shown:

@@ -24,7 +24,7 @@ import numpy as np
 from support.config import DIGITS
 from support.console import Parser, one_line_errors
 
-LARGEST = 4 << 30        # bytes that a compressed file may unpack to; plain files are memory-mapped
+LARGEST = 4 << 30              # bytes that a file may unpack to; an .npy is memory-mapped instead
 
 
 # ── Bytes and pixels ──────────────────────────────────────────────────────────────────────────────
@@ -59,31 +59,22 @@ def load(path: str | Path | None = None) -> tuple[np.ndarray, np.ndarray | None]
     under the authors' name; a folder that holds one such training set; or None, for the digits that
     ship.  Labels that leave out numbers are numbered anew from 0: EMNIST's letters, 1 to 26,
     become 0 to 25.
-    Plain .npy and IDX files are memory-mapped.  Raises ValueError or OSError, saying what to mend.
+    An .npy is memory-mapped.  Raises ValueError or OSError, saying what to mend.
     """
     path = Path(path or DIGITS)
     path = training_set(path) if path.is_dir() else path
-    arrays = read_numpy(path) if path.suffix in (".npz", ".npy") else read_idx_pair(path)
-    images = next((a for a in arrays if a.dtype == np.uint8 and a.ndim in (3, 4)), None)
-    if images is None:
-        found = ", ".join(f"{a.dtype} {a.shape}" for a in arrays) or "nothing"
-        raise ValueError(f"{path} holds no uint8 images N x H x W or N x H x W x C, but {found}")
-    if images.size == 0:
-        raise ValueError(f"{path} holds no images: its shape is {images.shape}")
-    images = images.reshape(*images.shape[:3], -1)
-    if images.shape[3] not in (1, 3):
-        raise ValueError(f"{path}: images have 1 or 3 channels, "
-                         f"not {images.shape[3]} {images.shape}")
-
+    arrays = read_numpy(path) if path.suffix in (".npz", ".npy") else read_idx(path)
+    found = ", ".join(f"{a.dtype} {a.shape}" for a in arrays) or "nothing"
+    images = next((a for a in arrays if a.dtype == np.uint8 and a.ndim in (3, 4) and a.size), None)
+    if images is None or images.shape[3:] not in ((), (1,), (3,)):
+        raise ValueError(f"{path} must hold uint8 images, N x H x W (x 1 or 3), and holds {found}")
     labels = next((a for a in arrays if a.ndim == 1 and a.dtype.kind in "iu"), None)
-    if labels is None:
-        return images, None
-    if len(labels) != len(images):
-        raise ValueError(f"{path}: {len(images)} images but {len(labels)} labels")
-    if labels.min() < 0 or labels.max() > 9999:
-        raise ValueError(f"{path}: labels must be 0, 1, 2, ..., "
-                         f"not {labels.min()} .. {labels.max()}")
-    return images, np.unique(labels, return_inverse=True)[1]
+    if labels is not None:
+        if len(labels) != len(images) or not 0 <= labels.min() <= labels.max() <= 9999:
+            raise ValueError(f"{path} must hold a label 0 .. 9999 for each of {len(images)} images, "
+                             f"and holds {len(labels)}, {labels.min()} .. {labels.max()}")
+        labels = np.unique(labels, return_inverse=True)[1]
+    return images.reshape(*images.shape[:3], -1), labels
 
 
 def split(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -116,13 +107,12 @@ def held_out_images(path: str | Path | None, config, least: int, most: int) -> t
 def training_set(folder: Path) -> Path:
     """The one training set in a folder, in IDX as MNIST's authors name it or in NumPy's formats."""
     for pattern in ("*train-images*idx3*", "*images*idx3*", "*.npz", "*.npy"):
-        found = sorted(folder.glob(pattern))
-        plain = [p for p in found if p.suffix != ".gz" or p.with_suffix("") not in found]
-        if len(plain) == 1:
-            return plain[0]
-        if plain:
-            names = ", ".join(p.name for p in plain)
-            raise ValueError(f"{folder} holds several sets of images: name one of {names}")
+        found = {p.name.removesuffix(".gz"): p for p in sorted(folder.glob(pattern), reverse=True)}
+        if len(found) == 1:
+            return found.popitem()[1]
+        if found:
+            raise ValueError(f"{folder} holds several sets of images: name one of "
+                             f"{', '.join(sorted(found))}")
     raise ValueError(f"{folder} holds no images: no *images*idx3*, .npz or .npy file is in it")
 
 
@@ -140,36 +130,29 @@ def parsing(path: Path, kind: str):
         raise ValueError(f"{path} is not {kind}, or it is damaged: {reason}") from None
 
 
-def read_idx_pair(path: Path) -> list[np.ndarray]:
-    """The images of an IDX file, and the labels that lie beside it, plain or gzipped."""
+def read_idx(path: Path) -> list[np.ndarray]:
+    """The images of an IDX file, and the labels that lie beside it, plain or gzipped.
+
+    IDX: 0, 0, 8 for uint8, the number of dimensions, each as a big-endian int32, the bytes.
+    """
     name = path.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
     beside = [path.with_name(name), path.with_name(name + ".gz")]
-    labels = [file for file in beside if file.exists() and file != path]
-    return [read_idx(file) for file in [path, *labels[:1]]]
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """IDX: 0, 0, 8 for uint8, the number of dimensions, each as a big-endian int32, the bytes."""
-    with open(path, "rb") as plain, parsing(path, "an IDX, .npz or .npy file"):
-        packed = plain.read(2) == b"\x1f\x8b"
-        plain.seek(0)
-        file = gzip.GzipFile(fileobj=plain) if packed else plain
-        start = file.read(4)
-        if len(start) < 4 or start[:3] != b"\0\0\x08" or start[3] not in (1, 3):
-            raise ValueError("it does not begin like an IDX file of bytes")
-        shape = struct.unpack(f">{start[3]}I", file.read(4 * start[3]))
-        size, offset = int(np.prod(shape, dtype=object)), 4 + 4 * start[3]
-        there = path.stat().st_size - offset
-        if not packed and there == size > 0:
-            return np.memmap(path, np.uint8, "c", offset, shape)
-        if packed and size > LARGEST:
-            raise ValueError(f"it would unpack to {size} bytes: "
-                             "unpack it on disk, and name that file")
-        body = file.read(size + 1) if packed else b""
-        if len(body) != size:
-            raise ValueError(f"it promises {size} bytes of {shape} and holds "
-                             f"{'other' if packed else there}")
-        return np.frombuffer(bytearray(body), np.uint8).reshape(shape)
+    arrays = []
+    for part in [path, *[file for file in beside if file.exists() and file != path][:1]]:
+        with open(part, "rb") as plain, parsing(part, "an IDX, .npz or .npy file"):
+            packed = plain.read(2) == b"\x1f\x8b"
+            plain.seek(0)
+            file = gzip.GzipFile(fileobj=plain) if packed else plain
+            start = file.read(4)
+            if start[:3] != b"\0\0\x08" or start[3:] not in (b"\x01", b"\x03"):
+                raise ValueError("it does not begin like an IDX file of bytes")
+            shape = struct.unpack(f">{start[3]}I", file.read(4 * start[3]))
+            size = math.prod(shape)
+            body = bytearray(file.read(min(size, LARGEST) + 1))
+            if len(body) != size:
+                raise ValueError(f"it promises {size} bytes of {shape} and holds other")
+            arrays.append(np.frombuffer(body, np.uint8).reshape(shape))
+    return arrays
 
 
 def read_numpy(path: Path) -> list[np.ndarray]:
@@ -239,17 +222,15 @@ def encode_png(frames: list[np.ndarray], seconds: float = 0.1) -> bytes:
     chunks = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))]
     if len(frames) > 1:
         chunks.append(chunk(b"acTL", struct.pack(">II", len(frames), 0)))
-    number = 0                                  # fcTL and fdAT chunks are counted together
+    order = iter(range(2 * len(frames)))             # fcTL and fdAT chunks are counted together
     for k, frame in enumerate(frames):
-        rows = np.insert(frame.reshape(height, -1), 0, 0, axis=1)          # filter 0 for each row
+        pixels = zlib.compress(np.insert(frame.reshape(height, -1), 0, 0, axis=1).tobytes(), 9)
         if len(frames) > 1:
             pause = round(1000 * (seconds if k + 1 < len(frames) else 2))
-            chunks.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", number, width, height, 0, 0,
+            chunks.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", next(order), width, height, 0, 0,
                                                      pause, 1000, 0, 0)))
-            number += 1
-        name, order = (b"fdAT", struct.pack(">I", number)) if k else (b"IDAT", b"")
-        chunks.append(chunk(name, order, zlib.compress(rows.tobytes(), 9)))
-        number += k > 0
+        chunks.append(chunk(b"fdAT", struct.pack(">I", next(order)), pixels) if k
+                      else chunk(b"IDAT", pixels))
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND")
 
 
@@ -280,22 +261,20 @@ def picture_path(name: str) -> Path:
 
 def main():
     parser = Parser(description="Show images, or keep the first n of them.")
-    parser.add_argument("path", nargs="?", default=DIGITS,
-                        help="IDX, .npz or .npy file, or a folder")
-    parser.add_argument("-n", type=int, default=100, help="how many, from the first on")
+    parser.add_argument("path", nargs="?", help="IDX, .npz or .npy file, or a folder (the digits)")
+    parser.add_argument("-n", type=int, default=100, help="how many, from the first on (100)")
     parser.add_argument("--out", type=picture_path, default="out/data.png",
                         help="a .png to look at or an .npz to keep")
     args = parser.parse_args()
-    if args.n < 1:
-        parser.error(f"-n must be at least 1, not {args.n}")
     with one_line_errors():
         images, labels = load(args.path)
-        print(f"{args.path}: {len(images)} images of {'x'.join(map(str, images.shape[1:]))}, "
+        n = min(max(args.n, 1), len(images))
+        print(f"{args.path or DIGITS}: {len(images)} images of "
+              f"{'x'.join(map(str, images.shape[1:]))}, "
               f"{'no labels' if labels is None else f'labels {labels.min()} .. {labels.max()}'}")
         with atomic_write(args.out) as file:
-            write_images(file, args.out, [images[:args.n]],
-                         labels=None if labels is None else labels[:args.n])
-        print(f"written: {args.out}")
+            write_images(file, args.out, [images[:n]], None, None if labels is None else labels[:n])
+        print(f"written: {args.out}, {n} images")
 
 
 if __name__ == "__main__":
