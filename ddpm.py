@@ -72,6 +72,16 @@ def cosine(T: int = 1000) -> Schedule:
     return schedule_of(np.minimum(1 - f[1:] / f[:-1], 0.999))
 
 
+def times(T: int, steps: int) -> np.ndarray:
+    """τ_i = max(i, T (i/N)²), i = 0, …, N, rounded                                            DDIM
+
+    Song et al. (2020), appendix D.2: most of the N = steps stand where little noise is left, as the
+    details come there.  That no two are the same, and the rounding, is not in the paper.
+    """
+    i = np.arange(steps + 1)
+    return np.maximum(i, np.rint(T * (i / steps) ** 2).astype(int))
+
+
 def respaced(schedule: Schedule, times: np.ndarray) -> Schedule:
     """β = 1 − ᾱ_t/ᾱ_s for neighbours s < t of `times`: the same noise levels in fewer steps.   DDIM
 

@@ -24,7 +24,8 @@ def squared_errors(predict: Callable, schedule: Schedule, x0: Tensor, seed: int,
 
     predict(x_t, t, i): ε_θ for images i of x0 (N, C, H, W).  Returns (T+1, each), x_1, ε_θ.
     """
-    tables, progress = on_device(schedule, x0.device), Progress()
+    tables = on_device(schedule, x0.device)
+    progress = Progress(schedule.T, first=1, images=each)
     generator = torch.Generator(x0.device).manual_seed(seed)
 
     def noisy(i, t):
@@ -37,7 +38,7 @@ def squared_errors(predict: Callable, schedule: Schedule, x0: Tensor, seed: int,
         i = torch.randint(len(x0), (each,), device=x0.device, generator=generator)
         eps, _, eps_hat = noisy(i, t)
         errors[t] = (eps - eps_hat).square().mean((1, 2, 3)).cpu().numpy()
-        progress(f"the bound: t = {t} of {schedule.T}", last=t == schedule.T)
+        progress(t, f"the bound: t = {t} of {schedule.T}")
     parts = [noisy(i, 1)[1:] for i in torch.arange(len(x0), device=x0.device).split(each)]
     return errors, *(torch.cat(part).cpu().double().numpy() for part in zip(*parts))
 
@@ -85,9 +86,10 @@ def print_bound(path: Path, data: str | None = None, device: str | None = None):
     def predict(x_t, t, i):
         with autocast(device, config.float32):
             return net(x_t, t - 1 + config.first_t, None if label is None else label[i])
+    found = bound(predict, schedule_from(config), x0)
     print("\n−log p(x_0) of held-out images is at most, in bits per dimension:")
     print("sigma²        regularization L_T    matching Σ L_{t−1}   reconstruction L_0       total")
-    for variance, terms in bound(predict, schedule_from(config), x0).items():
+    for variance, terms in found.items():
         total = sum(mean for mean, _ in terms.values())
         error = np.sqrt(sum(error ** 2 for _, error in terms.values()))
         row = "".join(f"{mean:14.5f} ± {error:.4f}" for mean, error in terms.values())

@@ -8,7 +8,6 @@ test_math.py holds every step against the NumPy reference.
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,8 +19,7 @@ from support.console import Parser, one_line_errors
 from support.devices import autocast, choose_device
 from support.drawing import (COMPLETIONS, collect, completion_rows, image_noise, labels_for,
                              projection)
-from support.images import (atomic_write, held_out_images, picture_path, to_batch, to_pictures,
-                            write_images)
+from support.images import atomic_write, held_out_images, to_batch, to_pictures, write_images
 from unet import UNet
 
 LAST, SHIPPED = Path("out/checkpoint.pt"), DIGITS.with_name("digits.pt")
@@ -181,16 +179,6 @@ def schedule_from(config: Config) -> Schedule:
             else ddpm.linear(config.T, config.beta_1, config.beta_T))
 
 
-def times(T: int, steps: int) -> np.ndarray:
-    """τ_i = max(i, T (i/N)²), i = 0, …, N, rounded          DDIM: Song et al. (2020), appendix D.2
-
-    Most of the N = steps stand where little noise is left, as the details come there.  No two are
-    the same, and N = T takes them all: the maximum and the rounding are not in the paper.
-    """
-    i = np.arange(steps + 1)
-    return np.maximum(i, np.rint(T * (i / steps) ** 2).astype(int))
-
-
 @torch.no_grad()
 def generate(net: UNet, config: Config, sampling: Sampling, indices: range,
              label: Tensor | None = None, known: Tensor | None = None) -> Iterator[Tensor]:
@@ -199,7 +187,7 @@ def generate(net: UNet, config: Config, sampling: Sampling, indices: range,
     label: (B,), a class each.  known: (B, C, H, W), of which `sampling.keep` is kept.
     """
     device, full = next(net.parameters()).device, schedule_from(config)
-    tau = times(full.T, sampling.calls(full.T))
+    tau = ddpm.times(full.T, sampling.calls(full.T))
     schedule = on_device(ddpm.respaced(full, tau), device)
     noise = image_noise(sampling.seed, indices, config.image_shape, device)
 
@@ -219,13 +207,6 @@ def generate(net: UNet, config: Config, sampling: Sampling, indices: range,
 
 def arguments() -> Parser:
     parser = Parser(description="Draw images from a trained network.")
-    add = parser.add_argument
-    add("--weights", type=Path, help="a checkpoint, or a folder with a published network; default: "
-                                     f"{LAST} if it is there, else the network that ships")
-    add("--out", type=picture_path, default="out/samples.png", help=".png: a sheet; .npz: arrays")
-    add("--animate", action="store_true", help="the walk from x_T to x_0, as an animated PNG")
-    add("--data", help="with --keep: images, of which the last tenth is completed (the digits)")
-    add("--device", help="cuda, mps or cpu; default: the best one here")
     add_options(parser, Sampling)
     return parser
 
@@ -233,13 +214,13 @@ def arguments() -> Parser:
 def main():
     args = arguments().parse_args()
     with one_line_errors():
-        sampling, device = Sampling(**given(args, Sampling)), choose_device(args.device)
-        path = args.weights or (LAST if LAST.exists() else SHIPPED)
+        sampling = Sampling(**given(args, Sampling))
+        out, device = Path(sampling.out), choose_device(sampling.device)
+        path = sampling.weights or (LAST if LAST.exists() else SHIPPED)
         net, config = load_network(path, device)
-        steps, known = sampling.calls(config.T), None
-        total, columns = sampling.n or (8 if sampling.keep else 100), None
+        steps, total, known = sampling.calls(config.T), sampling.total, None
         if sampling.keep:
-            originals, _ = held_out_images(args.data, config, least=total, most=total)
+            originals, _ = held_out_images(sampling.data, config, least=total, most=total)
             known = to_batch(torch.from_numpy(originals).to(device))
             kept = to_pictures(projection(sampling.keep, *known.shape[2:])(known))
             known, total = known.repeat_interleave(COMPLETIONS, 0), COMPLETIONS * total
@@ -250,16 +231,15 @@ def main():
             label = None if labels is None else torch.from_numpy(labels[part]).to(device)
             return generate(net, config, sampling, range(total)[part], label,
                             None if known is None else known[part])
-        shown = sorted({steps, *range(0, steps * args.animate, max(1, steps // 40))})
-        with atomic_write(args.out) as file:
+        shown = sorted({steps, *range(0, steps * sampling.animate, max(1, steps // 40))})
+        with atomic_write(out) as file:
             frames = collect(walk, total, sampling.batch, steps, shown)
-            if sampling.keep and args.out.suffix == ".png":
+            columns = total // config.num_classes if sampling.label == "all" else None
+            if sampling.keep and out.suffix == ".png":
                 frames = [completion_rows(originals, kept, frame) for frame in frames]
                 columns = 2 + COMPLETIONS
-            elif sampling.label == "all":
-                columns = total // config.num_classes
-            write_images(file, args.out, frames, columns, labels)
-        print(f"drawn: {args.out}")
+            write_images(file, out, frames, columns, labels)
+        print(f"drawn: {out}")
 
 
 if __name__ == "__main__":

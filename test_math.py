@@ -911,11 +911,11 @@ def test_orders_of_the_solvers():
 def test_the_times_are_distinct_and_go_from_0_to_T(T, data):
     """DDIM: N steps stand at N different times for any N ≤ T, evenly in √t where there is room."""
     steps = data.draw(st.integers(1, T)) if data else T
-    tau = sample.times(T, steps)
+    tau = ddpm.times(T, steps)
     assert tau[0] == 0 and tau[-1] == T and len(tau) == steps + 1 and np.all(np.diff(tau) >= 1)
     for i, t in enumerate(tau.tolist()):
         assert t == i or abs(t - Fraction(T * i * i, steps * steps)) <= Fraction(1, 2)
-    assert sample.times(1000, 10).tolist() == [0, 10, 40, 90, 160, 250, 360, 490, 640, 810, 1000]
+    assert ddpm.times(1000, 10).tolist() == [0, 10, 40, 90, 160, 250, 360, 490, 640, 810, 1000]
 
 
 # ══ PyTorch against NumPy ═══════════════════════════════════════════════════════════════════════════
@@ -1083,7 +1083,7 @@ def test_training_on_gaussian_data_reaches_the_floor_and_not_below():
         nonlocal step
         step += 1
         train.gradient_step(loss, net, optimizer, step, config)
-        train.follow(ema, net, step, config.ema_decay)
+        train.update_ema(ema, net, step, config.ema_decay)
     for _ in zip(range(400), train.algorithm_1(
             net, lambda: (data.standard_normal((1000, 1, 2, 2)), None),
             sample.on_device(PAPER, "cpu"), noise, descend)):
@@ -1111,10 +1111,10 @@ def test_the_average_follows_the_parameters_alone():
     net.register_buffer("table", torch.ones(1))
     ema.register_buffer("table", torch.zeros(1))
     nn.init.normal_(net.w)
-    train.follow(ema, net, step=1, decay=0.75)
+    train.update_ema(ema, net, step=1, decay=0.75)
     np.testing.assert_allclose(ema.w.detach(), net.w.detach() * (1 - 2 / 11), atol=1e-6)
     before = ema.w.detach().clone()
-    train.follow(ema, net, step=500, decay=0.75)
+    train.update_ema(ema, net, step=500, decay=0.75)
     np.testing.assert_allclose(ema.w.detach(), 0.75 * before + 0.25 * net.w.detach(), atol=1e-6)
     assert ema.table == 0
 
@@ -1371,7 +1371,7 @@ def test_any_number_of_steps_calls_the_network_that_often(sampler, T, data):
         images = list(sample.generate(net, replace(config, first_t=first_t), sampling, range(2)))
         called = [t[0].item() for _, t, _ in net.calls]
         assert len(images) == steps + 1 and all(torch.isfinite(x).all() for x in images)
-        assert called == [t - 1 + first_t for t in sample.times(T, steps)[:0:-1]]
+        assert called == [t - 1 + first_t for t in ddpm.times(T, steps)[:0:-1]]
     assert Sampling(sampler).calls(T) == Sampling(sampler, steps=999).calls(T) or sampler == "dpm"
     assert Sampling("dpm").calls(1000) == 20 and Sampling("dpm").calls(7) == 7
 

@@ -17,7 +17,7 @@ import posterior
 from ddpm import Schedule
 from sample import generate, on_device, q_sample, schedule_from
 from support.config import Config, Sampling, add_options, given
-from support.console import Parser, chart, one_line_errors, reporter, stop_signals
+from support.console import Parser, Progress, chart, one_line_errors, stop_signals
 from support.devices import SharedGenerator, autocast, over_all, parallel, precision, start_processes
 from support.images import image_grid, to_batch, to_pictures, to_pixels, write_png
 from support.run import Run, open_run
@@ -81,7 +81,7 @@ def gradient_step(loss: Tensor, net: nn.Module, optimizer: torch.optim.Optimizer
 
 
 @torch.no_grad()
-def follow(ema: nn.Module, net: nn.Module, step: int, decay: float):
+def update_ema(ema: nn.Module, net: nn.Module, step: int, decay: float):
     """θ_ema ← d θ_ema + (1 − d) θ: the average of the parameters, early on of the latest tenth."""
     decay = min(decay, (1 + step) / (10 + step))
     for average, parameter in zip(ema.parameters(), net.parameters()):
@@ -126,7 +126,7 @@ def losses(run: Run, images: np.ndarray, labels: np.ndarray | None, compile: boo
     def descend(loss):
         run.step += 1
         gradient_step(loss, run.net, run.optimizer, run.step, run.config)
-        follow(run.ema, run.net, run.step, run.config.ema_decay)
+        update_ema(run.ema, run.net, run.step, run.config.ema_decay)
     next_batch = batches(images, labels, run.config, run.data_rng, run.device)
     schedule = on_device(schedule_from(run.config), run.device)
     return algorithm_1(eps_theta, next_batch, schedule, run.noise_rng, descend)
@@ -134,7 +134,8 @@ def losses(run: Run, images: np.ndarray, labels: np.ndarray | None, compile: boo
 
 def train(run: Run, images: np.ndarray, labels: np.ndarray | None, compile: bool = False) -> int:
     """Take steps until all are done, or a signal asks to stop: its number is returned, or 0."""
-    steps, asked, report, recent = run.config.steps, stop_signals(), reporter(run), []
+    steps, asked, recent = run.config.steps, stop_signals(), []
+    progress = Progress(steps, run.step, run.config.batch)
     every = LOOK * max(1, min(steps // 10, 5000) // LOOK)             # steps between two checkpoints
     for loss in losses(run, images, labels, compile):
         recent.append(loss)
@@ -142,7 +143,8 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, compile: bool
         if run.step % LOOK and not done:
             continue
         run.log_loss(recent)
-        report()
+        if run.rank == 0:
+            progress(run.step, f"step {run.step} of {steps} · loss {run.log[-1][1]:.4f}")
         recent.clear()
         stop = over_all(max(asked, default=0), run.device, largest=True)   # what one is asked all do
         if done or not stop and run.step % every == 0:

@@ -158,12 +158,14 @@ class UNet(nn.Module):
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for last in [m.conv2 for m in self.modules() if isinstance(m, Block)] + [self.conv_out] + [
-                m.proj for m in self.modules() if isinstance(m, Attention)]:
-            nn.init.zeros_(last.weight)
-        for attention in [m for m in self.modules() if isinstance(m, Attention)]:
-            for weight in attention.qkv.weight.chunk(3):         # q, k and v are three maps in one
-                nn.init.xavier_uniform_(weight)
+        nn.init.zeros_(self.conv_out.weight)
+        for module in self.modules():
+            if isinstance(module, Block):
+                nn.init.zeros_(module.conv2.weight)
+            if isinstance(module, Attention):
+                nn.init.zeros_(module.proj.weight)
+                for weight in module.qkv.weight.chunk(3):        # q, k and v are three maps in one
+                    nn.init.xavier_uniform_(weight)
 
     def check_size(self, height: int, width: int):
         if height % self.factor or width % self.factor:

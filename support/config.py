@@ -120,6 +120,15 @@ class Sampling:
     n: int | None = setting(None, "how many images: to draw (100), or to complete (8)", 1, 10**7,
                             kind=int)
     batch: int = setting(100, "images at a time: bounds memory", 1, 10**6)
+    weights: str | None = setting(None, "a checkpoint, or a folder with a published network; "
+                                  "default: out/checkpoint.pt, else the network that ships", 1,
+                                  4096, kind=str)
+    out: str = setting("out/samples.png", ".png: a sheet; .npz: the arrays", 1, 4096)
+    animate: bool = setting(False, "the walk from x_T to x_0, as an animated PNG")
+    data: str | None = setting(None, "with --keep: images, of which the last tenth is held out "
+                               "(those of the training)", 1, 4096, kind=str)
+    device: str | None = setting(None, "cuda, mps or cpu; default: the best one here", 1, 64,
+                                 kind=str)
     seed: int = setting(0, "of the noise and of random labels", 0, 2**62)
 
     def __post_init__(self):
@@ -132,10 +141,17 @@ class Sampling:
             raise ValueError("--resample belongs to --keep")
         if self.keep and self.label is None and self.guidance != 1:
             raise ValueError("--guidance with --keep needs a --label")
+        if Path(self.out).suffix not in (".png", ".npz"):
+            raise ValueError(f"--out must end in .png or .npz, not {self.out!r}")
 
     def calls(self, T: int) -> int:
         """How often the network is called: steps, or what is usual."""
         return min(T, self.steps or (20 if self.sampler == "dpm" else T))
+
+    @property
+    def total(self) -> int:
+        """How many images are drawn or completed."""
+        return self.n or (8 if self.keep else 100)
 
     @property
     def noise_level(self) -> float:

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -42,26 +41,21 @@ class Parser(argparse.ArgumentParser):
 class Progress:
     """One line about work in progress: refreshed in a terminal, elsewhere it comes now and then."""
 
-    def __init__(self):
-        self.terminal, self.due = sys.stdout.isatty(), 0.0
+    def __init__(self, total: int, first: int = 0, images: int = 1):
+        """total: steps in all; first: those done before; images: how many a step works on."""
+        self.total, self.first, self.images = total, first, images
+        self.terminal, self.start, self.due = sys.stdout.isatty(), time.monotonic(), 0.0
 
-    def __call__(self, line: str, last: bool = False):
-        if last or time.monotonic() >= self.due:
-            self.due = time.monotonic() + (0.1 if self.terminal else 15)
-            end = "\n" if last or not self.terminal else ""
-            print(f"\r{line:<78}" if self.terminal else line, end=end, flush=True)
-
-
-def reporter(run) -> Callable:
-    """report() tells in one line how a training run goes."""
-    progress, first, start, steps = Progress(), run.step, time.monotonic(), run.config.steps
-
-    def report():
-        rate = (run.step - first) / (time.monotonic() - start)
-        left = timedelta(seconds=round((steps - run.step) / rate))
-        progress(f"step {run.step} of {steps} · loss {run.log[-1][1]:.4f} · "
-                 f"{rate * run.config.batch:.0f} images/s · {left} left", last=run.step == steps)
-    return report if run.rank == 0 else lambda: None
+    def __call__(self, done: float, text: str):
+        now = time.monotonic()
+        if done < self.total and now < self.due:
+            return
+        self.due = now + (0.1 if self.terminal else 15)
+        rate = (done - self.first) / max(now - self.start, 1e-9)
+        left = timedelta(seconds=round((self.total - done) / rate)) if rate else "?"
+        line = f"{text} · {rate * self.images:.4g} images/s · {left} left"
+        end = "\n" if done >= self.total or not self.terminal else ""
+        print(f"\r{line:<78}" if self.terminal else line, end=end, flush=True)
 
 
 def stop_signals() -> list[int]:

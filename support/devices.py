@@ -10,27 +10,22 @@ from torch import Tensor, nn
 def choose_device(name: str | None = None) -> torch.device:
     """The named device, or the best one here.  Raises ValueError if it is not here."""
     best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if name is None:
-        return best
     try:
-        device = torch.device(name)
-        if device.type not in ("cpu", best.type) or device.type == "cpu" and device.index:
-            raise RuntimeError
+        device = best if name is None else torch.device(name)
         torch.empty(1, device=device)
+        if device.type not in (best.type, "cpu") or device.type == "cpu" and device.index:
+            raise RuntimeError
     except (RuntimeError, AssertionError):
-        names = "cpu" if best.type == "cpu" else f"{best.type}, cpu"
-        raise ValueError(f"there is no device {name!r} here: choose from {names}") from None
+        raise ValueError(f"there is no device {name!r} here: choose from "
+                         f"{', '.join({best.type: 0, 'cpu': 0})}") from None
     return device
 
 
 def precision(device: torch.device, float32: bool) -> str:
     """bfloat16 where the device computes it natively (emulated it would be slow), or float32."""
-    native = False
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        abilities = torch.cpu.get_capabilities()
-        native = abilities.get("avx512_bf16") or abilities.get("amx_bf16")
+    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else any(
+        device.type == "cpu" and torch.cpu.get_capabilities().get(name)
+        for name in ("avx512_bf16", "amx_bf16"))
     return "bfloat16" if native and not float32 else "float32"
 
 

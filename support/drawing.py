@@ -1,7 +1,5 @@
 """Many images at once: the noise and the label of each, what is kept of them, batch after batch."""
-import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 
 import numpy as np
 import torch
@@ -73,15 +71,12 @@ def collect(walk: Callable[[slice], Iterator[Tensor]], total: int, batch: int, s
 
     walk(part): the x_t of the images in that slice, x_T first.
     """
-    progress, start, frames = Progress(), time.monotonic(), [[] for _ in shown]
+    progress, frames = Progress(total), [[] for _ in shown]
     for first in range(0, total, batch):
         part = slice(first, min(first + batch, total))
         for k, x_t in enumerate(walk(part)):
-            spent = max(time.monotonic() - start, 1e-9)
-            done = (first + (part.stop - first) * k / steps) / total
-            left = f"{timedelta(seconds=round(spent / done - spent))} left" if done else ""
-            progress(f"step {k} of {steps} · images {first + 1} to {part.stop} of {total} · "
-                     f"{total * done / spent:.1f} images/s · {left}", last=done == 1)
+            progress(first + (part.stop - first) * k / steps,
+                     f"step {k} of {steps} · images {first + 1} to {part.stop} of {total}")
             if k in shown:
                 frames[shown.index(k)].append(to_pictures(x_t))
         if not torch.isfinite(x_t).all():

@@ -16,7 +16,6 @@ import struct
 import warnings
 import zipfile
 import zlib
-from argparse import ArgumentTypeError
 from pathlib import Path
 
 import numpy as np
@@ -252,21 +251,16 @@ def write_images(file, path: Path, frames: list[np.ndarray], columns: int | None
     np.savez_compressed(file, images=images, **({} if labels is None else dict(labels=labels)))
 
 
-def picture_path(name: str) -> Path:
-    """Where a picture or arrays go: an argparse type."""
-    if not name.endswith((".png", ".npz")):
-        raise ArgumentTypeError(f"must end in .png or .npz, not {name!r}")
-    return Path(name)
-
-
 def main():
     parser = Parser(description="Show images, or keep the first n of them.")
     parser.add_argument("path", nargs="?", help="IDX, .npz or .npy file, or a folder (the digits)")
     parser.add_argument("-n", type=int, default=100, help="how many, from the first on (100)")
-    parser.add_argument("--out", type=picture_path, default="out/data.png",
+    parser.add_argument("--out", type=Path, default=Path("out/data.png"),
                         help="a .png to look at or an .npz to keep")
     args = parser.parse_args()
     with one_line_errors():
+        if args.out.suffix not in (".png", ".npz"):
+            raise ValueError(f"--out must end in .png or .npz, not {args.out.name!r}")
         images, labels = load(args.path)
         n = min(max(args.n, 1), len(images))
         print(f"{args.path or DIGITS}: {len(images)} images of "
