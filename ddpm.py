@@ -180,12 +180,12 @@ def snr(t, schedule):
 # ── And back, if the noise is known ───────────────────────────────────────────────────────────────
 
 def x0_from_eps(x_t, t, eps, schedule):
-    """x_0 = (x_t − √(1−ᾱ_t) ε) / √ᾱ_t                                                Ho (15), N5"""
+    """x_0 = (x_t − √(1−ᾱ_t) ε) / √ᾱ_t                                             Ho (9, 15), N5"""
     return (x_t - sqrt(schedule.one_minus_alpha_bar[t]) * eps) / sqrt(schedule.alpha_bar[t])
 
 
 def eps_from_x0(x_t, t, x0, schedule):
-    """ε = (x_t − √ᾱ_t x_0) / √(1−ᾱ_t), for t >= 1                                      Ho (15), N5
+    """ε = (x_t − √ᾱ_t x_0) / √(1−ᾱ_t), for t >= 1                                   Ho (9, 15), N5
 
     At one x_t and t, knowing ε is knowing x_0.
     """
@@ -193,7 +193,7 @@ def eps_from_x0(x_t, t, x0, schedule):
 
 
 def l_simple(eps, eps_hat):
-    """L_simple = ‖ε − ε_θ(x_t, t)‖², the mean over the pixels                       Ho (14), N6, N7
+    """L_simple = ‖ε − ε_θ(x_t, t)‖², the mean over the pixels                  Ho (14), N6, N7, V13
 
     Knowing nothing, ε_θ = 0, costs 1.  A perfect prediction of ε would cost 0, and no network
     reaches that: x_t does not determine ε.  On N(0, 1) data the best is 0.2755,

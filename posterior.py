@@ -150,7 +150,7 @@ def matching_constant(t, sigma2, schedule: Schedule):
 #           − log p(x_0 | x_1) ]                                        L_0: reconstruction
 
 def path_bound(path, reverse, schedule: Schedule):
-    """log q(x_{1:T} | x_0) − log p(x_{0:T}) along one path x_0, x_1 .. x_T               Ho (3), V7
+    """log q(x_{1:T} | x_0) − log p(x_{0:T}) along one path x_0, x_1 .. x_T           Ho (3, 16), V7
 
     reverse(x_t, t): the pair (mean, variance) of p(x_{t−1} | x_t).  Nats, summed over the pixels.
     """

@@ -38,12 +38,12 @@ def root(table: Tensor, t) -> Tensor:
 
 
 def q_sample(x0, t, eps, schedule):
-    """x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε                                                   Ho (4), N3, V3"""
+    """x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε                                                Ho (4), N3, V3"""
     return root(schedule.alpha_bar, t) * x0 + root(schedule.one_minus_alpha_bar, t) * eps
 
 
 def x0_from_eps(x_t, t, eps, schedule):
-    """x̂_0 = (x_t − √(1−ᾱ_t) ε_θ)/√ᾱ_t                                             Ho (9, 15), N5"""
+    """x̂_0 = (x_t − √(1−ᾱ_t) ε_θ)/√ᾱ_t                                            Ho (9, 15), N5"""
     return (x_t - root(schedule.one_minus_alpha_bar, t) * eps) / root(schedule.alpha_bar, t)
 
 
@@ -53,7 +53,7 @@ def eps_from_x0(x_t, t, x0, schedule):
 
 
 def beta_tilde(t, schedule):
-    """β̃_t = (1−ᾱ_{t−1})/(1−ᾱ_t) β_t                                                     Ho (7), V8"""
+    """β̃_t = (1−ᾱ_{t−1})/(1−ᾱ_t) β_t                                                 Ho (7), V8"""
     return schedule.one_minus_alpha_bar[t - 1] / schedule.one_minus_alpha_bar[t] * schedule.beta[t]
 
 
@@ -73,7 +73,7 @@ def algorithm_2(step: Callable, T: int, noise: Callable) -> Iterator[Tensor]:
 
 
 def sampler_step(eps_theta: Callable, schedule: Schedule, sampling: Sampling) -> Callable:
-    """Line 4, x_{t−1} = μ_θ(x_t, t) + σ_t z: the network's ε_θ(x_t, t), then one of the steps below.
+    """Line 4, x_{t−1} = μ_θ(x_t, t) + σ_t z: the network's ε_θ(x_t, t), then a step from below.
 
     clip: x̂_0 is cut to [-1, 1] and ε_θ follows it, so every step, Ho (11) too, uses the cut image.
     """
@@ -159,7 +159,7 @@ def completed(step: Callable, known: Tensor, project: Callable, schedule: Schedu
     P = `project` is what is known: some pixels (RePaint: Lugmayr et al. 2022, arXiv:2201.09865), or
     means over blocks (ILVR: Choi et al. 2021, arXiv:2108.02938).  The rest comes from `step`.
     resample > 1 goes back to x_t by Ho (2) and steps again, so that the two agree: RePaint's
-    Algorithm 1, whose line 5 has ᾱ_t for ᾱ_{t−1} and an unrooted 1 − ᾱ, and line 10 β_{t−1} for β_t.
+    Algorithm 1, whose line 5 has ᾱ_t for ᾱ_{t−1} and no root of 1 − ᾱ, and line 10 β_{t−1} for β_t.
     """
     def complete(x_t, t, z):
         for again in reversed(range(resample)):

@@ -18,12 +18,13 @@ from ddpm import Schedule
 from sample import generate, on_device, q_sample, schedule_from
 from support.config import Config, Sampling, add_options, given
 from support.console import Parser, Progress, chart, one_line_errors, stop_signals
-from support.devices import SharedGenerator, autocast, over_all, parallel, precision, start_processes
+from support.devices import (SharedGenerator, autocast, over_all, parallel, precision,
+                             start_processes)
 from support.images import image_grid, to_batch, to_pictures, to_pixels, write_png
 from support.run import Run, open_run
 from unet import parameters
 
-LOOK = 10              # steps between two looks at the loss and at signals: each waits for the device
+LOOK = 10              # steps between two looks at loss and signals: each waits for the device
 RESIDENT = 1 << 30     # bytes: a smaller data set moves to the device as a whole
 
 
@@ -136,7 +137,7 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, compile: bool
     """Take steps until all are done, or a signal asks to stop: its number is returned, or 0."""
     steps, asked, recent = run.config.steps, stop_signals(), []
     progress = Progress(steps, run.step, run.config.batch)
-    every = LOOK * max(1, min(steps // 10, 5000) // LOOK)             # steps between two checkpoints
+    every = LOOK * max(1, min(steps // 10, 5000) // LOOK)           # steps between two checkpoints
     for loss in losses(run, images, labels, compile):
         recent.append(loss)
         done = run.step == steps
@@ -146,7 +147,7 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, compile: bool
         if run.rank == 0:
             progress(run.step, f"step {run.step} of {steps} · loss {run.log[-1][1]:.4f}")
         recent.clear()
-        stop = over_all(max(asked, default=0), run.device, largest=True)   # what one is asked all do
+        stop = over_all(max(asked, default=0), run.device, largest=True)     # asks one, asks all
         if done or not stop and run.step % every == 0:
             draw_sheet(run, "samples.png" if done else f"step-{run.step:06}.png")
         if done or stop or run.step % every == 0:

@@ -129,24 +129,24 @@ class UNet(nn.Module):
         self.initialise()
 
     def add_levels(self, config, c_time: int):
-        """Down, halving between the levels; the middle; and up again, with a skip for each block."""
+        """Down, halving between the levels; the middle; up again, with a skip for each block."""
         def block(c_in, c_out, attention):
             return Block(c_in, c_out, c_time, config.num_groups, config.dropout, attention)
-        c, size, skips = self.width, config.image_shape[1] // self.patch, [self.width]
+        c, skips = self.width, [self.width]
+        size, attended = config.image_shape[1] // self.patch, config.attention_resolutions
         for level, mult in enumerate(config.channel_mult):
             if level > 0:
                 self.down.append(Downsample(c))
                 skips.append(c)
                 size = size // 2
             for _ in range(config.num_res_blocks):
-                self.down.append(block(c, mult * self.width, size in config.attention_resolutions))
+                self.down.append(block(c, mult * self.width, size in attended))
                 c = mult * self.width
                 skips.append(c)
         self.middle.extend([block(c, c, attention=True), block(c, c, attention=False)])
         for level, mult in reversed(list(enumerate(config.channel_mult))):
             for _ in range(config.num_res_blocks + 1):
-                self.up.append(block(c + skips.pop(), mult * self.width,
-                                     size in config.attention_resolutions))
+                self.up.append(block(c + skips.pop(), mult * self.width, size in attended))
                 c = mult * self.width
             if level > 0:
                 self.up.append(Upsample(c))

@@ -21,7 +21,7 @@ from unet import UNet
 PUBLISHED = "diffusion_pytorch_model.bin"
 
 def read(path: Path, kind: str) -> dict:
-    """What the file holds, as it stands there: no code in it is run, and it cannot outgrow itself."""
+    """What the file holds, as it stands there: no code in it is run, it cannot outgrow itself."""
     with open(path, "rb") as file, parsing(path, kind):
         with zipfile.ZipFile(file) as archive:
             if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
@@ -41,8 +41,9 @@ def copied(template, found, name: str):
     for the first leaf that differs in kind, shape, layout or number.
     """
     if isinstance(template, Tensor):
-        if not (isinstance(found, Tensor) and found.layout == torch.strided and found.is_contiguous()
-                and found.device.type == "cpu" and found.shape == template.shape
+        if not (isinstance(found, Tensor) and found.layout == torch.strided
+                and found.is_contiguous() and found.device.type == "cpu"
+                and found.shape == template.shape
                 and (found.dtype == template.dtype
                      or found.is_floating_point() and template.is_floating_point())):
             raise ValueError(f"{name} is no tensor of {tuple(template.shape)}")
@@ -62,7 +63,7 @@ def copied(template, found, name: str):
 
 
 def config_of(found: dict) -> Config:
-    """The settings in a file.  Raises ValueError for one that is missing, unknown or unreasonable."""
+    """The settings in a file.  Raises ValueError for one that is missing, unknown or bad."""
     names = {f.name for f in fields(Config)}
     if not isinstance(found.get("config"), dict) or names != set(found["config"]):
         raise ValueError("its settings are not those of this version")
@@ -117,7 +118,8 @@ def read_published(weights: Path) -> dict:
             labels=False, model_channels=channels[0], num_groups=theirs["norm_num_groups"],
             channel_mult=tuple(c // channels[0] for c in channels), patch_size=1, first_t=0,
             num_res_blocks=theirs["layers_per_block"], attention_resolutions=attention or (0,),
-            dropout=float(theirs.get("dropout", 0.0)), image_shape=(theirs["in_channels"], size, size))
+            dropout=float(theirs.get("dropout", 0.0)),
+            image_shape=(theirs["in_channels"], size, size))
     found = read(weights, "a published network")
     with parsing(weights, "a published network"):
         with torch.device("meta"):

@@ -90,8 +90,8 @@ PRESETS = {
     "digits": Config(),           # found by measurement: the best digits after minutes on two cores
     # Ho et al. (2020), appendix B
     "cifar10": Config(
-        preset="cifar10", labels=False, flip=True, steps=800_000, batch=128, lr=2e-4, warmup=5000, decay=False,
-        beta2=0.999, ema_decay=0.9999, model_channels=128, channel_mult=(1, 2, 2, 2),
+        preset="cifar10", labels=False, flip=True, steps=800_000, batch=128, lr=2e-4, warmup=5000,
+        decay=False, beta2=0.999, ema_decay=0.9999, model_channels=128, channel_mult=(1, 2, 2, 2),
         num_res_blocks=2, attention_resolutions=(16,), dropout=0.1, num_groups=32, patch_size=1,
         image_shape=(3, 32, 32)),
 }

@@ -97,8 +97,8 @@ class SharedGenerator:
 
     def stratified(self, count: int) -> Tensor:
         """Uniform in [0, 1), one from each of as many equal parts as all processes draw."""
-        parts = torch.arange(count * self.world, device=self.generator.device)[self.rank::self.world]
-        return (parts + self.uniform(count)) / (count * self.world)
+        parts = torch.arange(self.rank, count * self.world, self.world)
+        return (parts.to(self.generator.device) + self.uniform(count)) / (count * self.world)
 
     def standard_normal(self, shape) -> Tensor:
         return self._part(torch.randn, *shape)

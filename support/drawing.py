@@ -40,7 +40,7 @@ def labels_for(sampling: Sampling, num_classes: int, total: int) -> np.ndarray |
         return None
     if label == "all":
         if total % num_classes:
-            raise ValueError(f"-n must be a multiple of {num_classes} with --label all, not {total}")
+            raise ValueError(f"-n must be a multiple of {num_classes} for --label all, not {total}")
         return np.arange(total) * num_classes // total
     if label == "random":
         streams = (np.random.default_rng((sampling.seed, i, 1)) for i in range(total))

@@ -70,8 +70,8 @@ def load(path: str | Path | None = None) -> tuple[np.ndarray, np.ndarray | None]
     labels = next((a for a in arrays if a.ndim == 1 and a.dtype.kind in "iu"), None)
     if labels is not None:
         if len(labels) != len(images) or not 0 <= labels.min() <= labels.max() <= 9999:
-            raise ValueError(f"{path} must hold a label 0 .. 9999 for each of {len(images)} images, "
-                             f"and holds {len(labels)}, {labels.min()} .. {labels.max()}")
+            raise ValueError(f"{path} must hold a label 0 .. 9999 for each of {len(images)} "
+                             f"images, and holds {len(labels)}, {labels.min()} .. {labels.max()}")
         labels = np.unique(labels, return_inverse=True)[1]
     return images.reshape(*images.shape[:3], -1), labels
 

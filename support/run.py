@@ -1,4 +1,4 @@
-"""A training run, from the first step to the last: begun, saved, stopped and gone on with, exactly."""
+"""A training run: begun, saved, stopped, and gone on with exactly."""
 import copy
 import io
 from dataclasses import asdict, replace
@@ -16,7 +16,7 @@ from unet import UNet
 
 
 class Run:
-    """What training works on: a network and its average, Adam, random numbers, all from the seed."""
+    """What training works on: a network, its average, Adam, random numbers, all from the seed."""
 
     def __init__(self, config: Config, device: torch.device, folder: Path):
         self.config, self.device, self.folder = config, device, folder
