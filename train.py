@@ -64,21 +64,22 @@ def stratified_t(count: int, T: int, noise: SharedGenerator) -> Tensor:
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Rises for `warmup` steps; with `decay` it falls in a straight line, at last to lr/steps."""
+    """Of the largest: rises for `warmup` steps; with `decay` then falls in a straight line to 0."""
     rise = min(1.0, step / config.warmup)
     fall = 1 - (step - 1) / config.steps if config.decay else 1.0
-    return config.lr * rise * fall
+    return rise * fall
 
 
-def gradient_step(loss: Tensor, net: nn.Module, optimizer: torch.optim.Optimizer, step: int,
+def gradient_step(loss: Tensor, net: nn.Module, optimizers: list[torch.optim.Optimizer], step: int,
                   config: Config):
     """Down the clipped gradient, at the step's learning rate                Algorithm 1, line 5"""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, config)
-    optimizer.zero_grad()
+    net.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
-    optimizer.step()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * learning_rate(step, config)
+        optimizer.step()
 
 
 @torch.no_grad()
@@ -126,7 +127,7 @@ def losses(run: Run, images: np.ndarray, labels: np.ndarray | None, compile: boo
 
     def descend(loss):
         run.step += 1
-        gradient_step(loss, run.net, run.optimizer, run.step, run.config)
+        gradient_step(loss, run.net, run.optimizers, run.step, run.config)
         update_ema(run.ema, run.net, run.step, run.config.ema_decay)
     next_batch = batches(images, labels, run.config, run.data_rng, run.device)
     schedule = on_device(schedule_from(run.config), run.device)
@@ -137,7 +138,7 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, compile: bool
     """Take steps until all are done, or a signal asks to stop: its number is returned, or 0."""
     steps, asked, recent = run.config.steps, stop_signals(), []
     progress = Progress(steps, run.step, run.config.batch)
-    every = LOOK * max(1, min(steps // 10, 5000) // LOOK)           # steps between two checkpoints
+    every = LOOK * max(1, min(steps // 5, 5000) // LOOK)            # steps between two checkpoints
     for loss in losses(run, images, labels, compile):
         recent.append(loss)
         done = run.step == steps

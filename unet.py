@@ -44,8 +44,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = self.norm(x).flatten(2).transpose(1, 2)                      # (B, H·W, C)
-        q, k, v = self.qkv(pixels).unsqueeze(1).chunk(3, dim=3)               # (B, 1, H·W, C) each
-        h = self.proj(F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        q, k, v = self.qkv(pixels).chunk(3, dim=2)
+        weights = (q @ k.transpose(1, 2) / math.sqrt(q.shape[2])).softmax(dim=2)
+        h = self.proj(weights.to(v.dtype) @ v)                       # softmax gives float32
         return x + h.transpose(1, 2).reshape(x.shape)
 
 

@@ -50,6 +50,7 @@ class Config:
     steps: int = setting(2200, "steps of gradient descent", 1, 10**9)
     batch: int = setting(64, "images a step, over all devices", 1, 10**6)
     lr: float = setting(4e-3, "learning rate", 1e-9, 1.0)
+    muon_lr: float = setting(0.02, "Muon's, for the hidden layers; 0: Adam for all", 0.0, 1.0)
     warmup: int = setting(100, "steps in which the learning rate rises", 1, 10**9)
     decay: bool = setting(True, "the learning rate then falls to 0 in a straight line")
     beta2: float = setting(0.99, "Adam's second beta", 0.0, 0.999999)
@@ -90,10 +91,10 @@ PRESETS = {
     "digits": Config(),           # found by measurement: the best digits after minutes on two cores
     # Ho et al. (2020), appendix B
     "cifar10": Config(
-        preset="cifar10", labels=False, flip=True, steps=800_000, batch=128, lr=2e-4, warmup=5000,
-        decay=False, beta2=0.999, ema_decay=0.9999, model_channels=128, channel_mult=(1, 2, 2, 2),
-        num_res_blocks=2, attention_resolutions=(16,), dropout=0.1, num_groups=32, patch_size=1,
-        image_shape=(3, 32, 32)),
+        preset="cifar10", labels=False, flip=True, steps=800_000, batch=128, lr=2e-4, muon_lr=0.0,
+        warmup=5000, decay=False, beta2=0.999, ema_decay=0.9999, model_channels=128,
+        channel_mult=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(16,), dropout=0.1,
+        num_groups=32, patch_size=1, image_shape=(3, 32, 32)),
 }
 
 

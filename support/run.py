@@ -24,8 +24,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.net = UNet(config).to(device)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), betas=(0.9, config.beta2),
-                                          fused=True)
+        self.optimizers = optimizers(self.net, config)
         torch.manual_seed(config.seed + self.rank)             # dropout differs from rank to rank
         self.data_rng = SharedGenerator(config.seed, "cpu", self.rank, self.world)   # on the host
         self.noise_rng = SharedGenerator(config.seed + 1, device, self.rank, self.world)
@@ -51,7 +50,8 @@ class Run:
             random["dropout_cuda"] = torch.cuda.get_rng_state(self.device)
         return dict(config=asdict(self.config), step=self.step, device=self.device.type,
                     net=dict(self.net.state_dict()), ema=dict(self.ema.state_dict()),
-                    optimizer=self.optimizer.state_dict()["state"], random=random, log=self.log)
+                    optimizers={type(optimizer).__name__: optimizer.state_dict()["state"]
+                                for optimizer in self.optimizers}, random=random, log=self.log)
 
     def restore(self, found: dict):
         """Become the run that was saved; this one, new and with the same settings, is the template.
@@ -60,7 +60,8 @@ class Run:
         """
         for p in self.net.parameters():              # a step down no gradient: the optimizer's
             p.grad = torch.zeros_like(p)             # state takes its shape, and nothing moves
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         good = copied(self.state() | dict(log=[(0, 0.0)]), found, "the run")
         steps = [0, *(step for step, _ in good["log"])]
         if not (steps == sorted(set(steps)) and steps[-1] <= good["step"] <= 10**9
@@ -68,7 +69,9 @@ class Run:
             raise ValueError("its log is not that of its steps")
         self.net.load_state_dict(good["net"])
         self.ema.load_state_dict(good["ema"])
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | dict(state=good["optimizer"]))
+        for optimizer in self.optimizers:
+            state = good["optimizers"][type(optimizer).__name__]
+            optimizer.load_state_dict(optimizer.state_dict() | dict(state=state))
         self.data_rng.generator.set_state(good["random"]["data"])
         self.noise_rng.generator.set_state(good["random"]["noise"])
         if self.rank == 0:                           # the others' dropout is their own
@@ -106,6 +109,29 @@ class Run:
             except OSError as error:
                 raise ValueError(f"{error.filename} could not be written: {error.strerror}; "
                                  f"{self.last_good()}") from None
+
+
+def optimizers(net: UNet, config: Config) -> list[torch.optim.Optimizer]:
+    """Adam; with muon_lr, Muon for the matrices and convolutions between the first and last layer.
+
+    Muon (Jordan et al. 2024) makes each matrix's step orthogonal.  It takes matrices: views of the
+    convolutions' weights, (c_out, c_in · 3 · 3), which share their memory.
+    """
+    hidden = [p for part in (net.down, net.middle, net.up) for p in part.parameters()
+              if p.ndim > 1 and config.muon_lr]
+    others = [p for p in net.parameters() if not any(p is q for q in hidden)]
+    found = [torch.optim.Adam([dict(params=others, initial_lr=config.lr)], config.lr,
+                              betas=(0.9, config.beta2), fused=True)]
+    if hidden:
+        views = [p.detach().flatten(1) for p in hidden]
+        muon = torch.optim.Muon([dict(params=views, initial_lr=config.muon_lr)], weight_decay=0.0)
+
+        def share_gradients(*_):
+            for view, p in zip(views, hidden):
+                view.grad = p.grad.flatten(1)
+        muon.register_step_pre_hook(share_gradients)
+        found.append(muon)
+    return found
 
 
 def open_run(folder: Path, device: torch.device, named: dict, resume: bool) -> tuple:

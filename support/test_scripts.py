@@ -322,6 +322,7 @@ def test_the_preset_of_the_paper_is_the_paper_s():
     paper = PRESETS["cifar10"]
     assert (paper.T, paper.beta_1, paper.beta_T, paper.schedule) == (1000, 1e-4, 0.02, "linear")
     assert (paper.lr, paper.batch, paper.ema_decay, paper.dropout) == (2e-4, 128, 0.9999, 0.1)
+    assert paper.muon_lr == 0
     assert (paper.steps, paper.flip, paper.labels, paper.decay) == (800_000, True, False, False)
     assert (paper.attention_resolutions, paper.num_res_blocks) == ((16,), 2)
     assert (paper.warmup, paper.beta2, paper.grad_clip, paper.patch_size) == (5000, 0.999, 1.0, 1)
@@ -847,7 +848,8 @@ def test_sample_refuses_bad_input_in_one_line(argv, says, call, trained, bad_wei
     assert not list(Path().glob("x.*")) and not list(Path().glob("out/*"))
 
 
-RESUMED = [("optimizer", 0, "exp_avg"), ("optimizer", 0, "step"), ("optimizer", 5),
+RESUMED = [("optimizers", "Adam", 0, "exp_avg"), ("optimizers", "Adam", 0, "step"),
+           ("optimizers", "Adam", 5), ("optimizers", "Muon", 3, "momentum_buffer"), ("optimizers",),
            ("random", "data"), ("random", "noise"), ("random",), ("net",),
            ("net", "conv_in.weight"),
            ("log",), ("log", 0), ("step",), ("device",), ("config", "batch")]
