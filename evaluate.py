@@ -15,7 +15,7 @@ from sample import on_device, q_sample, schedule_from
 from support.checkpoint import load_network
 from support.console import Parser, Progress, one_line_errors
 from support.devices import autocast, choose_device
-from support.images import held_out_images, to_batch
+from support.images import fingerprint, held_out_images, load, to_batch
 
 
 @torch.no_grad()
@@ -75,6 +75,9 @@ def print_bound(path: Path, data: str | None = None, device: str | None = None):
     """The terms for at most 1000 held-out images, as the paper reports them: section 4.3."""
     device = choose_device(device)
     net, config = load_network(path, device)
+    if data is None and fingerprint(*load(config.data)) != config.fingerprint:
+        raise ValueError(f"{path} was trained on other images than those that ship: name images "
+                         "that it has not seen with --data")
     images, labels = held_out_images(data, config, least=2, most=1000)
     if config.num_classes and (labels is None or labels.max() >= config.num_classes):
         raise ValueError(f"the network was trained with labels 0 .. {config.num_classes - 1}; "

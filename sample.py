@@ -1,4 +1,4 @@
-"""Algorithm 2, and the faster, guided and completing walks.      N4, N8, DDIM, DPM, CFG, completion
+"""Algorithm 2, faster samplers, guidance and completion.         N4, N8, DDIM, DPM, CFG, completion
 
 PyTorch, batched, on any device; the tables come from ddpm.py in float64 and are cast once, and
 test_math.py holds every step against the NumPy reference.
@@ -26,7 +26,7 @@ LAST, SHIPPED = Path("out/checkpoint.pt"), DIGITS.with_name("digits.pt")
 
 
 # ── The formulas of ddpm.py and posterior.py that are needed here, in PyTorch ─────────────────────
-# t: one integer for all images, or a tensor with one for each.
+# t: one integer for all images; in q_sample and its inversions also a tensor with one for each.
 
 def on_device(schedule: Schedule, device) -> Schedule:
     """The float64 tables of ddpm.py, cast to float32 once."""
@@ -73,9 +73,10 @@ def algorithm_2(step: Callable, T: int, noise: Callable) -> Iterator[Tensor]:
 
 
 def sampler_step(eps_theta: Callable, schedule: Schedule, sampling: Sampling) -> Callable:
-    """Line 4, x_{t−1} = μ_θ(x_t, t) + σ_t z: the network's ε_θ(x_t, t), then a step from below.
+    """step(x_t, t, z) → x_{t−1}, for one walk: ε_θ(x_t, t), then one of the three steps below.
 
-    clip: x̂_0 is cut to [-1, 1] and ε_θ follows it, so every step, Ho (11) too, uses the cut image.
+    clip: x̂_0 is clamped to [-1, 1] and ε_θ recomputed from it, so that Ho (11) uses it too.
+    Algorithm 2 has no such line; its authors' code has.
     """
     x0_prev = None
 
@@ -88,15 +89,16 @@ def sampler_step(eps_theta: Callable, schedule: Schedule, sampling: Sampling) ->
             eps = eps_from_x0(x_t, t, x0, schedule)
         if sampling.sampler == "ddpm":
             return ddpm_step(x_t, t, eps, z, schedule, sampling.variance)
-        if sampling.sampler == "ddim" or sampling.keep:     # completing: x0_prev is of another path
-            return ddim_step(x_t, t, x0, z, schedule, sampling.noise_level)
+        # completion changes x_{t−1} after the step, so x0_prev is not of this path: no dpm_step
+        if sampling.sampler == "ddim" or sampling.keep:
+            return ddim_step(x_t, t, x0, z, schedule, sampling.eta_used)
         before, x0_prev = x0_prev, x0
-        return dpm_step(x_t, t, x0, before, z, schedule, sampling.noise_level)
+        return dpm_step(x_t, t, x0, before, z, schedule, sampling.eta_used)
     return step
 
 
-# Where steps are skipped, t counts the steps that are left and `schedule` is respaced: ᾱ_{t−1} is
-# always the next noise level, β_t the variance between the two.
+# Where steps are skipped `schedule` is respaced: t numbers the steps that remain, ᾱ_{t−1} is the
+# next level, and β_t = 1 − ᾱ_t/ᾱ_{t−1}.
 
 def ddpm_step(x_t, t, eps, z, schedule, variance="beta"):
     """x_{t−1} = (x_t − β_t/√(1−ᾱ_t) ε_θ)/√α_t + σ_t z             Algorithm 2, Ho (1, 11), N8, V6
@@ -112,7 +114,7 @@ def ddpm_step(x_t, t, eps, z, schedule, variance="beta"):
 def ddim_step(x_t, t, x0, z, schedule, eta=0.0):
     """x_{t−1} = √ᾱ_{t−1} x̂_0 + √(1−ᾱ_{t−1}−σ²) ε_θ + σ z         DDIM: Song et al. (2020) (12, 16)
 
-    σ² = η² β̃_t: η = 0 adds no noise, η = 1 is Ho (6, 7).  ε_θ follows from x̂_0 by Ho (15).
+    σ² = η² β̃_t: η = 0 adds no noise, η = 1 is Ho (6, 7).  ε_θ is that of x0, by Ho (15).
     """
     sigma2 = eta ** 2 * beta_tilde(t, schedule)
     rest = (schedule.one_minus_alpha_bar[t - 1] - sigma2).clamp(min=0)     # rounding can go below 0
@@ -121,18 +123,20 @@ def ddim_step(x_t, t, x0, z, schedule, eta=0.0):
 
 
 def dpm_step(x_t, t, x0, x0_prev, z, schedule, eta=0.0):
-    """x_{t−1} = σ_{t−1}/σ_t x_t − √ᾱ_{t−1} (e^{−h} − 1) D        DPM-Solver++(2M): Lu et al. (2022)
+    """x_{t−1} = √(1−ᾱ_{t−1})/√(1−ᾱ_t) x_t − √ᾱ_{t−1} (e^{−h} − 1) D              DPM-Solver++(2M)
 
-    σ = √(1−ᾱ), λ = ln(√ᾱ/σ), h = λ_{t−1} − λ_t, r = h_prev/h, and from the two latest x̂_0
-    D = (1 + 1/(2r)) x̂_0 − 1/(2r) x̂_0 prev: x̂_0 as it would be half a step ahead.
+    Lu et al. (2022), arXiv:2211.01095: λ = ln(√ᾱ/√(1−ᾱ)), h = λ_{t−1} − λ_t, r = h_prev/h, and from
+    the two latest x̂_0 D = (1 + 1/(2r)) x̂_0 − 1/(2r) x̂_0 prev: x̂_0 as of half a step ahead.
     That is DDIM's step with D for x̂_0, and so it is written; η = 1 gives the solver's SDE form.
-    The first step knows no x̂_0 before its own, the last ends at λ = ∞, and ᾱ = 0 in float32 is
-    λ = −∞: there D = x̂_0.
+    D = x̂_0 where λ is infinite or x̂_0 has no predecessor: in the first step, in the last, and
+    after ᾱ = 0 in float32.
     """
     if x0_prev is None or t == 1 or schedule.alpha_bar[t + 1] == 0:
         return ddim_step(x_t, t, x0, z, schedule, eta)
-    lambda_ = (schedule.alpha_bar.sqrt() / schedule.one_minus_alpha_bar.sqrt()).log()
-    r = (lambda_[t] - lambda_[t + 1]) / (lambda_[t - 1] - lambda_[t])
+    ahead, now, past = (
+        (schedule.alpha_bar[i].sqrt() / schedule.one_minus_alpha_bar[i].sqrt()).log()
+        for i in (t - 1, t, t + 1))
+    r = (now - past) / (ahead - now)
     D = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_prev
     return ddim_step(x_t, t, D, z, schedule, eta)
 
@@ -158,17 +162,18 @@ def completed(step: Callable, known: Tensor, project: Callable, schedule: Schedu
 
     P = `project` is what is known: some pixels (RePaint: Lugmayr et al. 2022, arXiv:2201.09865), or
     means over blocks (ILVR: Choi et al. 2021, arXiv:2108.02938).  The rest comes from `step`.
-    resample > 1 goes back to x_t by Ho (2) and steps again, so that the two agree: RePaint's
-    Algorithm 1, whose line 5 has ᾱ_t for ᾱ_{t−1} and no root of 1 − ᾱ, and line 10 β_{t−1} for β_t.
+    resample > 1 goes back to x_t by Ho (2) and steps again, so that known and drawn parts agree:
+    RePaint's Algorithm 1.  That prints ᾱ_t and 1 − ᾱ_t in line 5 and β_{t−1} in line 10; here they
+    are ᾱ_{t−1}, √(1−ᾱ_{t−1}) and β_t.
     """
     def complete(x_t, t, z):
-        for again in reversed(range(resample)):
+        for u in range(1, resample + 1):
             x_prev = step(x_t, t, z)
             x_prev = x_prev + project(q_sample(known, t - 1, noise(), schedule) - x_prev)
-            if again and t > 1:
-                x_t = schedule.alpha[t].sqrt() * x_prev + schedule.beta[t].sqrt() * noise()
-                z = noise()
-        return x_prev
+            if u == resample or t == 1:
+                return x_prev
+            x_t = schedule.alpha[t].sqrt() * x_prev + schedule.beta[t].sqrt() * noise()
+            z = noise()
     return complete
 
 
@@ -187,19 +192,20 @@ def generate(net: UNet, config: Config, sampling: Sampling, indices: range,
     label: (B,), a class each.  known: (B, C, H, W), of which `sampling.keep` is kept.
     """
     device, full = next(net.parameters()).device, schedule_from(config)
-    tau = ddpm.times(full.T, sampling.calls(full.T))
+    tau = ddpm.times(full.T, sampling.calls(full.T))      # step t of the walk is at tau[t] of 1..T
     schedule = on_device(ddpm.respaced(full, tau), device)
     noise = image_noise(sampling.seed, indices, config.image_shape, device)
 
     def eps_theta(x_t, t):
-        time = torch.full((len(x_t),), int(tau[t]) - 1 + config.first_t, device=device)
+        time = int(tau[t]) - 1 + config.first_t      # published networks count from first_t = 0
+        time = torch.full((len(x_t),), time, device=device)
         with autocast(device, config.float32):
             if label is None:
                 return net(x_t, time)
             return guided(net, x_t, time, label, sampling.guidance, config.num_classes)
 
     step = sampler_step(eps_theta, schedule, sampling)
-    if known is not None:
+    if sampling.keep:
         project = projection(sampling.keep, *known.shape[2:])
         step = completed(step, known, project, schedule, noise, sampling.resample)
     yield from algorithm_2(step, schedule.T, noise)
@@ -218,7 +224,8 @@ def main():
         out, device = Path(sampling.out), choose_device(sampling.device)
         path = sampling.weights or (LAST if LAST.exists() else SHIPPED)
         net, config = load_network(path, device)
-        steps, total, known = sampling.calls(config.T), sampling.total, None
+        steps, known = sampling.calls(config.T), None
+        total = sampling.n or (8 if sampling.keep else 100)
         if sampling.keep:
             originals, _ = held_out_images(sampling.data, config, least=total, most=total)
             known = to_batch(torch.from_numpy(originals).to(device))
@@ -231,7 +238,9 @@ def main():
             label = None if labels is None else torch.from_numpy(labels[part]).to(device)
             return generate(net, config, sampling, range(total)[part], label,
                             None if known is None else known[part])
-        shown = sorted({steps, *range(0, steps * sampling.animate, max(1, steps // 40))})
+        shown = [steps]
+        if sampling.animate:
+            shown = [*range(0, steps, max(1, steps // 40)), steps]
         with atomic_write(out) as file:
             frames = collect(walk, total, sampling.batch, steps, shown)
             columns = total // config.num_classes if sampling.label == "all" else None

@@ -1534,7 +1534,7 @@ def test_resampling_goes_back_by_the_forward_step():
         return torch.full((1, 1, 2, 2), value)
     tables = sample.on_device(schedule_of([0.1, 0.36, 0.2]), "cpu")
     for t, rounds in ((2, [[2, -1.0, -5.0], [2, 0.8 * 2 + 0.6 * 2, 3.0]]),
-                      (1, [[1, -1.0, -5.0]] * 2)):
+                      (1, [[1, -1.0, -5.0]])):
         walked, noises = [], iter(map(image, [1.0, 2.0, 3.0, 4.0]))
 
         def step(x_t, t, z):

@@ -32,9 +32,10 @@ RESIDENT = 1 << 30     # bytes: a smaller data set moves to the device as a whol
 
 def algorithm_1(eps_theta: Callable, next_batch: Callable, schedule: Schedule,
                 noise: SharedGenerator, descend: Callable) -> Iterator[Tensor]:
-    """The loss of every step; whoever takes it decides when it has converged            Algorithm 1
+    """Yields the loss of every step; the caller decides when to stop                    Algorithm 1
 
-    eps_theta(x_t, t, label) → ε;  next_batch() → (x_0, label);  descend(loss): a gradient step.
+    eps_theta(x_t, t, label) → ε;  next_batch() → (x_0, label);  descend(loss): a gradient step, and
+    all that follows from it.
     """
     while True:                                                      # 1: repeat
         x0, label = next_batch()                                     # 2:   x_0 ~ q(x_0)
@@ -56,7 +57,7 @@ def l_simple(eps_theta: Callable, x0: Tensor, t: Tensor, eps: Tensor, label: Ten
 
 
 def stratified_t(count: int, T: int, noise: SharedGenerator) -> Tensor:
-    """t ~ Uniform({1, …, T}), but of a batch's t one from each of its equal parts of the range.
+    """t ~ Uniform({1, …, T}), but stratified: one t from each of `count` equal parts of the range.
 
     The expected loss is that of independent t, and it varies less: better digits, sooner (README).
     """
@@ -64,7 +65,9 @@ def stratified_t(count: int, T: int, noise: SharedGenerator) -> Tensor:
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Of the largest: rises for `warmup` steps; with `decay` then falls in a straight line to 0."""
+    """The factor on the largest rate: rises for `warmup` steps, times, with `decay`, a linear fall
+    from 1 at the first step to 1/steps at the last.
+    """
     rise = min(1.0, step / config.warmup)
     fall = 1 - (step - 1) / config.steps if config.decay else 1.0
     return rise * fall
@@ -84,7 +87,7 @@ def gradient_step(loss: Tensor, net: nn.Module, optimizers: list[torch.optim.Opt
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, net: nn.Module, step: int, decay: float):
-    """θ_ema ← d θ_ema + (1 − d) θ: the average of the parameters, early on of the latest tenth."""
+    """θ_ema ← d θ_ema + (1 − d) θ, early on with d for an average over the latest tenth."""
     decay = min(decay, (1 + step) / (10 + step))
     for average, parameter in zip(ema.parameters(), net.parameters()):
         average.lerp_(parameter, 1 - decay)
@@ -104,9 +107,11 @@ def batches(images: np.ndarray, labels: np.ndarray | None, config: Config, rng: 
     def next_batch():
         index = rng.integers(0, len(images) - 1, config.batch // rng.world)
         flip, drop = rng.uniform(len(index)) < 0.5, rng.uniform(len(index)) < config.p_uncond
-        x0 = to_batch(images[index.to(images.device)].to(device, non_blocking=True))
+        there = index.to(images.device, non_blocking=True)
+        x0 = to_batch(images[there].to(device, non_blocking=True))
         if config.flip:
-            x0 = torch.where(flip.to(device)[:, None, None, None], x0.flip(3), x0)
+            flip = flip.to(device, non_blocking=True)[:, None, None, None]
+            x0 = torch.where(flip, x0.flip(3), x0)
         if labels is None:
             return x0, None
         label = torch.where(drop, config.num_classes, labels[index])
@@ -117,7 +122,7 @@ def batches(images: np.ndarray, labels: np.ndarray | None, config: Config, rng: 
 # ── Who logs, draws, saves and stops ──────────────────────────────────────────────────────────────
 
 def losses(run: Run, images: np.ndarray, labels: np.ndarray | None, compile: bool) -> Iterator:
-    """Algorithm 1 with the run's network, images and noise."""
+    """Algorithm 1 with the run's network, images and noise; each loss is a step further."""
     net = parallel(run.net)
     net = torch.compile(net) if compile else net
 
@@ -129,6 +134,7 @@ def losses(run: Run, images: np.ndarray, labels: np.ndarray | None, compile: boo
         run.step += 1
         gradient_step(loss, run.net, run.optimizers, run.step, run.config)
         update_ema(run.ema, run.net, run.step, run.config.ema_decay)
+
     next_batch = batches(images, labels, run.config, run.data_rng, run.device)
     schedule = on_device(schedule_from(run.config), run.device)
     return algorithm_1(eps_theta, next_batch, schedule, run.noise_rng, descend)
@@ -136,7 +142,7 @@ def losses(run: Run, images: np.ndarray, labels: np.ndarray | None, compile: boo
 
 def train(run: Run, images: np.ndarray, labels: np.ndarray | None, compile: bool = False) -> int:
     """Take steps until all are done, or a signal asks to stop: its number is returned, or 0."""
-    steps, asked, recent = run.config.steps, stop_signals(), []
+    steps, signals, recent = run.config.steps, stop_signals(), []
     progress = Progress(steps, run.step, run.config.batch)
     every = LOOK * max(1, min(steps // 5, 5000) // LOOK)            # steps between two checkpoints
     for loss in losses(run, images, labels, compile):
@@ -148,10 +154,12 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, compile: bool
         if run.rank == 0:
             progress(run.step, f"step {run.step} of {steps} · loss {run.log[-1][1]:.4f}")
         recent.clear()
-        stop = over_all(max(asked, default=0), run.device, largest=True)     # asks one, asks all
-        if done or not stop and run.step % every == 0:
+        # a signal to one process stops all, at the same step
+        stop = over_all(max(signals, default=0), run.device, largest=True)
+        checkpoint = run.step % every == 0
+        if done or (checkpoint and not stop):
             draw_sheet(run, "samples.png" if done else f"step-{run.step:06}.png")
-        if done or stop or run.step % every == 0:
+        if done or checkpoint or stop:
             run.save()
         if done or stop:
             return 0 if done else int(stop)
@@ -162,7 +170,8 @@ def draw_sheet(run: Run, name: str):
     if run.rank == 0:
         classes = run.config.num_classes
         label = torch.arange(100, device=run.device) * classes // 100 if classes else None
-        *_, x0 = generate(run.ema, run.config, Sampling(sampler="dpm"), range(100), label)
+        for x_t in generate(run.ema, run.config, Sampling(sampler="dpm"), range(100), label):
+            x0 = x_t
         write_png(run.folder / name, image_grid(to_pictures(x0), columns=10))
 
 
@@ -178,8 +187,8 @@ def announce(run: Run, images: np.ndarray, held_out: np.ndarray):
           f"{len(held_out)} held out, {config.num_classes or 'no'} labels")
     print(f"network   {parameters(run.net):,} parameters")
     print(f"schedule  {config.schedule}, T = {schedule.T}: L_T = {l_T:.3g} bits/dim ({noise})")
-    print(f"loss      1 knows nothing (ε_θ = 0); {schedule.alpha_bar[1:].mean():.4f} is the least "
-          "for N(0, 1)\n          pixels; images come lower, and 0 is out of reach\n")
+    print(f"loss      1 knows nothing (ε_θ = 0); {schedule.alpha_bar[1:].mean():.4f} is the best "
+          "possible for N(0, 1)\n          pixels; images go below that, but not to 0\n")
 
 
 def arguments() -> Parser:
@@ -189,7 +198,7 @@ def arguments() -> Parser:
     add("--resume", action="store_true", help="go on from the checkpoint in --out, exactly")
     add("--evaluate", action="store_true", help="print the bound on held-out images")
     add("--device", help="cuda, mps or cpu; default: the best one here")
-    add("--deterministic", action="store_true", help="the same bits again on a GPU too; slower")
+    add("--deterministic", action="store_true", help="bit for bit repeatable on a GPU too; slower")
     add("--compile", action="store_true", help="torch.compile: slow to start, then faster")
     add_options(parser, Config)
     return parser
@@ -205,7 +214,7 @@ def main():
         run, images, labels, held_out = open_run(args.out, device, given(args, Config), args.resume)
         if run.rank == 0:
             announce(run, images, held_out)
-            run.write_log()                  # no work for a folder that takes no file
+            run.write_log()                  # fails now if the folder cannot be written
         stopped = train(run, images, labels, args.compile)
     if run.rank == 0 and stopped:
         print(f"\nstopped and saved at step {run.step}; "

@@ -6,6 +6,7 @@ into new tensors of the template's shapes and types.  What differs from the temp
 its name, and no tensor of a file is ever used itself.
 """
 import json
+import pickletools
 import re
 import zipfile
 from dataclasses import asdict, fields
@@ -16,18 +17,31 @@ from torch import Tensor
 
 from support.config import Config
 from support.images import parsing
-from unet import UNet
+from unet import UNet, parameters
 
 PUBLISHED = "diffusion_pytorch_model.bin"
+# What torch.save names for plain tensors and dictionaries; all else could build anything.
+NAMED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2",
+         "torch._utils _rebuild_parameter",
+         *(f"torch {kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double", "Byte"))}
 
 def read(path: Path, kind: str) -> dict:
-    """What the file holds, as it stands there: no code in it is run, it cannot outgrow itself."""
+    """What the file holds, unchecked: nothing in it is run, and it unpacks to no more than its size.
+    """
     with open(path, "rb") as file, parsing(path, kind):
+        if file.read(4) != b"PK\x03\x04":                  # else torch would read another format
+            raise ValueError("it is no zip file as torch.save writes it")
         with zipfile.ZipFile(file) as archive:
             if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
                 raise ValueError("it would unpack to more than its size")
             if archive.testzip():
                 raise ValueError("its checksums do not match")
+            for name in (name for name in archive.namelist() if name.lower().endswith(".pkl")):
+                named = {argument if code.name == "GLOBAL" else code.name
+                         for code, argument, _ in pickletools.genops(archive.read(name))
+                         if "GLOBAL" in code.name or "INST" in code.name}
+                if named - NAMED:
+                    raise ValueError(f"it names {min(named - NAMED)}")
         found = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__}")
@@ -50,7 +64,7 @@ def copied(template, found, name: str):
         return torch.empty(template.shape, dtype=template.dtype).copy_(found.detach())
     if not isinstance(found, type(template)) or (
             isinstance(template, tuple) and len(found) != len(template)):
-        raise ValueError(f"{name} is no {type(template).__name__} such as {template!r:.40}")
+        raise ValueError(f"{name} is no {type(template).__name__}")
     if isinstance(template, dict):
         for key in template.keys() ^ found.keys():
             raise ValueError(f"{name}.{key} is {'missing' if key in template else 'left over'}")
@@ -79,6 +93,8 @@ def load_network(path: str | Path, device: torch.device) -> tuple[UNet, Config]:
         config = config_of(found)
         with torch.device("meta"):    # shapes only: nothing is allocated before it has been checked
             net = UNet(config)
+        if parameters(net) > path.stat().st_size:       # else one tensor could stand for them all
+            raise ValueError("it is too small for the network that it describes")
         weights = copied(dict(net.state_dict()), found.get("ema"), "ema")
         net.load_state_dict(weights, assign=True)
     return net.to(device, memory_format=torch.channels_last).eval(), config
@@ -95,9 +111,11 @@ THEIR_NAMES = (
 # What it called them at first.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Settings that have only one value here.
-SAME = dict(act_fn="silu", center_input_sample=False, class_embed_type=None, downsample_padding=0,
-            flip_sin_to_cos=False, freq_shift=1, mid_block_scale_factor=1, norm_eps=1e-6,
-            resnet_time_scale_shift="default", time_embedding_type="positional")
+SAME = dict(act_fn="silu", center_input_sample=False, class_embed_type=None,
+            mid_block_scale_factor=1, resnet_time_scale_shift="default",
+            time_embedding_type="positional")
+STATED = dict(attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
+              norm_eps=1e-6)                                # whose defaults are others
 
 
 def read_published(weights: Path) -> dict:
@@ -108,9 +126,9 @@ def read_published(weights: Path) -> dict:
     path = weights.parent / "config.json"
     with open(path, "rb") as file, parsing(path, "the description of a published network"):
         theirs = json.load(file)
-        other = [name for name in SAME if theirs.get(name, SAME[name]) != SAME[name]]
-        if other:
-            raise ValueError(f"{other[0]} {theirs[other[0]]} belongs to another network")
+        for name, value in (SAME | STATED).items():
+            if theirs.get(name, SAME.get(name, "missing")) != value:
+                raise ValueError(f"its {name} is not {value}: that is another network")
         channels, size = theirs["block_out_channels"], theirs["sample_size"]
         attention = tuple(size >> level for level, kind in enumerate(theirs["down_block_types"])
                           if "Attn" in kind)
@@ -123,29 +141,31 @@ def read_published(weights: Path) -> dict:
     found = read(weights, "a published network")
     with parsing(weights, "a published network"):
         with torch.device("meta"):
-            ours = UNet(config).state_dict()
-        template = {}
-        for name, value in ours.items():
+            net = UNet(config)
+        if parameters(net) > weights.stat().st_size:
+            raise ValueError("it is too small for the network that is described")
+        shapes, template = net.state_dict(), {}
+        for name, value in shapes.items():
             parts = their_names(name, config.num_res_blocks)      # to_q, to_k and to_v are one here
             template |= zip(parts, value.chunk(len(parts)))
         for old, new in OLD_NAMES.items():
             found = {name.replace(f".{old}.", f".{new}."): value for name, value in found.items()}
         good = copied(template, found, "it")
         ema = {name: torch.cat([good[part] for part in their_names(name, config.num_res_blocks)])
-               for name in ours}
+               for name in shapes}
     return dict(config=asdict(config), ema=ema)
 
 
 def their_names(name: str, blocks: int) -> list[str]:
     """What diffusers calls a tensor of unet.py, where levels are not folders of their own."""
-    def level(match):
+    def place(match):
         way, count = match[1], blocks + 1 + (match[1] == "up")    # blocks, then a resampler
         level, k = divmod(int(match[2]), count)
         kind = f"attentions.{k}" if match[3] else f"resnets.{k}"
         return f"{way}_blocks.{level}.{kind if k < count - 1 else f'{way}samplers.0'}."
 
-    name = re.sub(r"^(down|up)\.(\d+)\.(attention\.)?", level, name)
+    name = re.sub(r"^(down|up)\.(\d+)\.(attention\.)?", place, name)
     for ours, theirs in THEIR_NAMES:
         name = re.sub(ours, theirs, name)
-    return [name.replace("qkv", part) for part in ("to_q", "to_k", "to_v")] if "qkv" in name \
-        else [name]
+    parts = ("to_q", "to_k", "to_v") if "qkv" in name else ("",)
+    return [name.replace("qkv", part) for part in parts]

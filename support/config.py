@@ -34,12 +34,14 @@ def check(settings):
         if not fits and not (value is None and rule.default is None):
             wanted = (", ".join(choices) if choices else kind.__name__ if low is None
                       else f"{low} .. {high}")
-            raise ValueError(f"{flag(rule.name)} must be {wanted}, not {value!r:.40}")
+            shown = f"{value!r:.40}" if all(type(part) in (bool, int, float, str) for part in (
+                value if type(value) is tuple else (value,))) else type(value).__name__
+            raise ValueError(f"{flag(rule.name)} must be {wanted}, not {shown}")
 
 
 @dataclass(frozen=True)
 class Config:
-    """What a training run computes, wholly.  The defaults draw the best digits in a few minutes."""
+    """All that decides what a training run computes.  The defaults draw digits in minutes."""
 
     preset: str = setting("digits", "the settings to begin with: these, or the paper's for CIFAR10",
                           choices=("digits", "cifar10"))
@@ -47,10 +49,10 @@ class Config:
                                1, 4096, kind=str)
     labels: bool = setting(True, "learn the images' labels too, if they have any")
     flip: bool = setting(False, "mirror half of the images")
-    steps: int = setting(2200, "steps of gradient descent", 1, 10**9)
+    steps: int = setting(1200, "steps of gradient descent", 1, 10**9)
     batch: int = setting(64, "images a step, over all devices", 1, 10**6)
-    lr: float = setting(4e-3, "learning rate", 1e-9, 1.0)
-    muon_lr: float = setting(0.02, "Muon's, for the hidden layers; 0: Adam for all", 0.0, 1.0)
+    lr: float = setting(6e-3, "learning rate", 1e-9, 1.0)
+    muon_lr: float = setting(0.03, "Muon's, for the hidden layers; 0: Adam for all", 0.0, 1.0)
     warmup: int = setting(100, "steps in which the learning rate rises", 1, 10**9)
     decay: bool = setting(True, "the learning rate then falls to 0 in a straight line")
     beta2: float = setting(0.99, "Adam's second beta", 0.0, 0.999999)
@@ -83,8 +85,8 @@ class Config:
         check(self)
         if self.schedule == "cosine" and (self.beta_1, self.beta_T) != (1e-4, 0.02):
             raise ValueError("--beta-1 and --beta-T belong to --schedule linear")
-        if len(self.image_shape) != 3:
-            raise ValueError(f"images have channels, height and width, not {self.image_shape}")
+        if len(self.image_shape) != 3 or self.image_shape[0] not in (1, 3):
+            raise ValueError(f"images are 1 or 3 channels, height, width, not {self.image_shape}")
 
 
 PRESETS = {
@@ -107,7 +109,7 @@ class Sampling:
     steps: int | None = setting(None, "calls of the network, at most T; default T, and 20 for dpm",
                                 1, 10**6, kind=int)
     variance: str = setting("beta", "sigma_t^2 of ddpm", choices=("beta", "beta_tilde"))
-    eta: float | None = setting(None, "noise of ddim (0) and dpm (1): 0, none .. 1, as ddpm",
+    eta: float | None = setting(None, "noise of ddim (0) and dpm (1): 0 (none) .. 1 (as ddpm)",
                                 0.0, 1.0, kind=float)
     clip: bool = setting(True, "keep the predicted x0 in [-1, 1]")
     label: str | None = setting(None, "a class, 'all': a row each, or 'none'; default: random, "
@@ -150,12 +152,7 @@ class Sampling:
         return min(T, self.steps or (20 if self.sampler == "dpm" else T))
 
     @property
-    def total(self) -> int:
-        """How many images are drawn or completed."""
-        return self.n or (8 if self.keep else 100)
-
-    @property
-    def noise_level(self) -> float:
+    def eta_used(self) -> float:
         """eta, or what is usual: the SDE form of dpm, the ODE of ddim."""
         return float(self.sampler == "dpm") if self.eta is None else self.eta
 

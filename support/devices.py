@@ -49,11 +49,13 @@ def start_processes(name: str | None, deterministic: bool) -> torch.device:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    several = processes()[1] > 1
+    if several and name is None:                   # each its own GPU; without GPUs all the CPU
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
     device = choose_device(name)
-    if processes()[1] > 1:
-        if device.type == "cuda":
-            device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if several:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
     return device

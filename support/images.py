@@ -69,9 +69,11 @@ def load(path: str | Path | None = None) -> tuple[np.ndarray, np.ndarray | None]
         raise ValueError(f"{path} must hold uint8 images, N x H x W (x 1 or 3), and holds {found}")
     labels = next((a for a in arrays if a.ndim == 1 and a.dtype.kind in "iu"), None)
     if labels is not None:
-        if len(labels) != len(images) or not 0 <= labels.min() <= labels.max() <= 9999:
-            raise ValueError(f"{path} must hold a label 0 .. 9999 for each of {len(images)} "
-                             f"images, and holds {len(labels)}, {labels.min()} .. {labels.max()}")
+        if len(labels) != len(images):
+            raise ValueError(f"{path} holds {len(images)} images, but {len(labels)} labels")
+        if not 0 <= labels.min() <= labels.max() <= 9999:
+            raise ValueError(f"{path}: labels must be 0 .. 9999, not {labels.min()} .. "
+                             f"{labels.max()}")
         labels = np.unique(labels, return_inverse=True)[1]
     return images.reshape(*images.shape[:3], -1), labels
 
@@ -98,7 +100,7 @@ def held_out_images(path: str | Path | None, config, least: int, most: int) -> t
     images, labels = (None if a is None else split(a)[1][:most] for a in (images, labels))
     channels, *size = config.image_shape
     if len(images) < least or images.shape[1:] != (*size, channels):
-        raise ValueError(f"{path or config.data} has {len(images)} held-out images of "
+        raise ValueError(f"{path or config.data or DIGITS} has {len(images)} held-out images of "
                          f"{images.shape[1:]}; needed are {least} of {(*size, channels)}")
     return np.array(images), labels
 
@@ -261,8 +263,10 @@ def main():
     with one_line_errors():
         if args.out.suffix not in (".png", ".npz"):
             raise ValueError(f"--out must end in .png or .npz, not {args.out.name!r}")
+        if args.n < 1:
+            raise ValueError(f"-n must be at least 1, not {args.n}")
         images, labels = load(args.path)
-        n = min(max(args.n, 1), len(images))
+        n = min(args.n, len(images))
         print(f"{args.path or DIGITS}: {len(images)} images of "
               f"{'x'.join(map(str, images.shape[1:]))}, "
               f"{'no labels' if labels is None else f'labels {labels.min()} .. {labels.max()}'}")

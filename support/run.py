@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from support.checkpoint import config_of, copied, read
-from support.config import PRESETS, Config, flag
+from support.checkpoint import copied, load_network, read
+from support.config import DIGITS, PRESETS, Config, flag
 from support.devices import SharedGenerator, over_all, processes
 from support.images import atomic_write, fingerprint, load, parsing, split
 from unet import UNet
 
 
 class Run:
-    """What training works on: a network, its average, Adam, random numbers, all from the seed."""
+    """What training works on: network, average, optimizers, random numbers, all from the seed."""
 
     def __init__(self, config: Config, device: torch.device, folder: Path):
         self.config, self.device, self.folder = config, device, folder
@@ -119,11 +119,11 @@ def optimizers(net: UNet, config: Config) -> list[torch.optim.Optimizer]:
     """
     hidden = [p for part in (net.down, net.middle, net.up) for p in part.parameters()
               if p.ndim > 1 and config.muon_lr]
-    others = [p for p in net.parameters() if not any(p is q for q in hidden)]
+    others = [p for p in net.parameters() if p not in set(hidden)]
     found = [torch.optim.Adam([dict(params=others, initial_lr=config.lr)], config.lr,
                               betas=(0.9, config.beta2), fused=True)]
     if hidden:
-        views = [p.detach().flatten(1) for p in hidden]
+        views = [p.detach().view(len(p), -1) for p in hidden]
         muon = torch.optim.Muon([dict(params=views, initial_lr=config.muon_lr)], weight_decay=0.0)
 
         def share_gradients(*_):
@@ -144,26 +144,27 @@ def open_run(folder: Path, device: torch.device, named: dict, resume: bool) -> t
     if resume != path.exists():
         raise ValueError(f"{path} is not there: start without --resume" if resume else f"{path} is "
                          "there already: go on with --resume, or begin another run with --out")
-    config = begun = PRESETS[named.get("preset", "digits")]
+    begun = PRESETS[named.get("preset", "digits")]
     if resume:
+        begun = load_network(path, torch.device("cpu"))[1]      # is it as large as it says it is?
         found = read(path, "a checkpoint of train.py")
         if "net" not in found:
             raise ValueError(f"{path} holds no training run, only a trained network")
-        with parsing(path, "the checkpoint of a run"):
-            config = begun = config_of(found)
-    config = replace(config, **named)
+        if found.get("device") != device.type:
+            raise ValueError(f"{path} did not begin on {device.type}: go on there with --device")
+    config = replace(begun, **named)
     images, labels = load(config.data)
     config = replace(
         config, fingerprint=fingerprint(images, labels),
         image_shape=(images.shape[3], *images.shape[1:3]),
         num_classes=int(labels.max()) + 1 if config.labels and labels is not None else 0)
+    if resume and begun.fingerprint != config.fingerprint:
+        raise ValueError(f"{config.data or DIGITS} holds other images than those the run began "
+                         "with: name them with --data")
     differ = [f"{flag(name)} was {was}, now {getattr(config, name)}"
               for name, was in asdict(begun).items()
-              if resume and name not in ("steps", "data") and was != getattr(config, name)]
-    if resume and begun.fingerprint != config.fingerprint:
-        raise ValueError(f"{config.data} holds other images than those the run began with: "
-                         "name them with --data")
-    if differ:
+              if name not in ("steps", "data") and was != getattr(config, name)]
+    if resume and differ:
         raise ValueError(f"--resume goes on with the same run, but {'; '.join(differ)}: "
                          "leave that out, or begin another run with another --out")
     run = Run(config, device, folder)

@@ -167,7 +167,7 @@ def test_training_says_what_it_does_and_the_loss_falls(trained):
     assert rows[0] == "step,loss"
     assert [row.split(",")[0] for row in rows[1:]] == [str(10 * k) for k in range(1, 11)]
     assert losses[-1] < losses[0] < 1.2 and losses[-1] < 0.5
-    for name in ("samples.png", "step-000050.png"):
+    for name in ("samples.png", *(f"step-0000{k}.png" for k in (20, 40, 60, 80))):
         assert decoded(out / name)[0].shape == (10 * 18 + 2, 10 * 18 + 2, 1)
 
 
@@ -267,6 +267,9 @@ def test_the_bound_is_printed(trained, tiny, call):
             exact = posterior.bits_per_dim(posterior.L_T(x0, ddpm.linear(20, 1e-4, 0.5)))
             assert values[0] == pytest.approx(exact, abs=1e-5)
     assert "beta_tilde" in text and (trained[0] / "checkpoint.pt").read_bytes() == before
+    shared = ["--weights", trained[0] / "network.pt", "--device", "cpu"]
+    status, _, errors = call(evaluate, *shared)
+    assert status == 2 and "name images that it has not seen" in errors
     again = call(train, "--evaluate", "--out", trained[0], "--data", tiny, "--device", "cpu")
     assert again[0] == 0 and again[1].splitlines()[-4:] == text.splitlines()[-4:]
 
@@ -477,15 +480,15 @@ def test_a_killed_run_leaves_a_whole_checkpoint(tiny, tmp_path):
                                     "--steps", "199", "--out", "run", *TINY, *resume],
                                    cwd=tmp_path, stdout=subprocess.PIPE, text=True)
         assert any(line.startswith("step") for line in process.stdout)       # it does go on
-        time.sleep(0.3 + chance.random())
+        time.sleep(0.5 + chance.random())
         process.kill()
         process.communicate()
         steps.append(read(path, "a checkpoint")["step"] if path.exists() else 0)
-        assert steps[-1] >= steps[-2] and steps[-1] in (*range(0, 199, 10), 199)
+        assert steps[-1] >= steps[-2] and steps[-1] in (*range(0, 199, 30), 199)
         if steps[-1] > 150:
             path.unlink()
             steps = [0]
-    assert max(steps) >= 10 or "KILLS" in os.environ
+    assert max(steps) >= 30 or "KILLS" in os.environ
     assert len(list(path.parent.glob("*.part"))) <= 5
 
 
@@ -611,8 +614,11 @@ def test_a_loss_that_is_no_number_stops_the_run(saved, call):
 
 
 def test_two_processes_are_one(tiny, call, tmp_path):
-    """Many devices: two processes with half the batch each end in the weights of one with all."""
-    common = ["--data", tiny, "--steps", 20, *TINY, "--T", 20, "--float32", "--out"]
+    """Many devices: two processes with half the batch each end in the weights of one with all.
+
+    With Adam alone: Muon rounds to bfloat16, in which the order of a sum can be seen.
+    """
+    common = ["--data", tiny, "--steps", 20, *TINY, "--float32", "--muon-lr", 0, "--out"]
     assert call(train, *common, "one")[0] == 0
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                            str(ROOT / "train.py"), *map(str, common), "two"], cwd=tmp_path,
@@ -673,7 +679,8 @@ def folder(tmp_path):
         torch.nn.init.normal_(p, std=0.2)
     (tmp_path / "config.json").write_text(json.dumps(dict(
         sample_size=8, in_channels=3, block_out_channels=[8, 16], layers_per_block=1,
-        norm_num_groups=4, down_block_types=["DownBlock2D", "AttnDownBlock2D"], freq_shift=1)))
+        norm_num_groups=4, down_block_types=["DownBlock2D", "AttnDownBlock2D"], freq_shift=1,
+        attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, norm_eps=1e-6)))
     theirs = published(net, 1, NEW)
     torch.save(theirs, tmp_path / PUBLISHED)
     return tmp_path, net, theirs
@@ -698,10 +705,11 @@ NO_BIAS = "conv_in.bias is no tensor of (8,)"
     (lambda w: {k: v for k, v in w.items() if "to_k.bias" not in k}, "to_k.bias is missing"),
     (lambda w: w | {"conv_in.bias": torch.ones(9)}, NO_BIAS),
     (lambda w: w | {"conv_in.bias": torch.ones(1).expand(8)}, NO_BIAS),
-    (lambda w: w | {"conv_in.bias": torch.ones(8, dtype=torch.complex64)}, NO_BIAS),
-    (lambda w: w | {"conv_in.bias": torch.ones(8).to_sparse()}, NO_BIAS),
-    (lambda w: w | {"conv_in.bias": torch.nested.nested_tensor([torch.ones(8)])}, ""),
-    (lambda w: w | {"conv_in.bias": torch.ones(8, device="meta")}, NO_BIAS),
+    (lambda w: w | {"conv_in.bias": torch.ones(8, dtype=torch.complex64)}, "it names"),
+    (lambda w: w | {"conv_in.bias": torch.ones(8).to_sparse()}, "it names"),
+    (lambda w: w | {"conv_in.bias": torch.nested.nested_tensor([torch.ones(8)])},
+     "it names"),
+    (lambda w: w | {"conv_in.bias": torch.ones(8, device="meta")}, "it names"),
     (lambda w: w | {"conv_in.bias": [1.0] * 8}, NO_BIAS),
     (lambda w: tuple(w.items()), "it holds a tuple")])
 def test_a_published_network_is_believed_tensor_by_tensor(change, says, folder, call):
@@ -713,7 +721,8 @@ def test_a_published_network_is_believed_tensor_by_tensor(change, says, folder, 
 
 
 @pytest.mark.parametrize("setting", [
-    dict(freq_shift=0), dict(flip_sin_to_cos=True), dict(layers_per_block=2), dict(sample_size=-8),
+    dict(freq_shift=0), dict(flip_sin_to_cos=True), dict(attention_head_dim=8),
+    dict(layers_per_block=2), dict(sample_size=-8),
     dict(norm_num_groups=3), dict(block_out_channels=[8, 24]), dict(block_out_channels=[]),
     dict(down_block_types=None), dict(dropout=2.0), dict(norm_eps=1e-5)])
 def test_settings_of_another_network_are_refused(setting, folder, call):
@@ -773,8 +782,8 @@ def bad_files(call, tiny):
     (["--data", "deep.npz"], "(x 1 or 3)"), (["--data", "idx"], "promises"),
     (["--data", "idx.gz"], "promises"), (["--data", "cut.gz"], "cut.gz is not"),
     (["--data", "folder"], "holds no images"), (["--data", "object.npz"], "object.npz"),
-    (["--data", "labels.npz"], "of 200 images, and holds 3,"),
-    (["--data", "negative.npz"], "a label 0 .. 9999 for each"),
+    (["--data", "labels.npz"], "200 images, but 3 labels"),
+    (["--data", "negative.npz"], "labels must be 0 .. 9999"),
     (["--data", "bomb.npz"], "would unpack to"), (["--data", "liar.npz"], "liar.npz is not"),
     (["--resume"], "start without --resume"), (["--evaluate"], "checkpoint.pt: No such file")])
 def test_train_refuses_bad_input_in_one_line(argv, says, call, bad_files, monkeypatch):
@@ -807,6 +816,13 @@ def bad_weights(call, trained):
     write("shape.pt", {"conv_in.bias": torch.ones(5)}), write("old.pt", unknown=1)
     write("nan.pt", {"conv_out.bias": good["ema"]["conv_out.bias"] * math.nan})
     write("view.pt", {"conv_in.bias": torch.ones(1).expand(bias.shape)})
+    torch.save(good, legacy := io.BytesIO(), _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(legacy, "a") as archive:
+        archive.writestr("data.pkl", b"")
+    Path("legacy.pt").write_bytes(legacy.getvalue())
+    one = torch.zeros(max(p.numel() for p in good["ema"].values()))
+    write("one.pt", {name: one[:p.numel()].view(p.shape) for name, p in good["ema"].items()})
+    write("bytes.pt", {"conv_in.bias": bytearray(9)})
     write("huge.pt", model_channels=2**40), write("endless.pt", num_res_blocks=10**9)
     write("float.pt", num_groups=4.0), write("dropout.pt", dropout=math.nan)
 
@@ -833,6 +849,8 @@ def bad_weights(call, trained):
     (["--weights", "more.pt"], "ema.more is left over"),
     (["--weights", "shape.pt"], "ema.conv_in.bias is no tensor of (24,)"),
     (["--weights", "view.pt"], "ema.conv_in.bias is no tensor of (24,)"),
+    (["--weights", "legacy.pt"], "no zip file"), (["--weights", "one.pt"], "it is too small"),
+    (["--weights", "bytes.pt"], "it names"),
     (["--weights", "nan.pt"], "pixels that are no numbers"),
     (["--weights", "huge.pt"], "--model-channels must be 4 .. 4096"),
     (["--weights", "endless.pt"], "--num-res-blocks must be"),
