@@ -25,9 +25,9 @@ NAMED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2",
          "torch._utils _rebuild_parameter",
          *(f"torch {kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double", "Byte"))}
 
+
 def read(path: Path, kind: str) -> dict:
-    """What the file holds, unchecked: nothing in it is run, and it unpacks to no more than its size.
-    """
+    """What the file holds, unchecked; nothing in it is run, and it unpacks to its size at most."""
     with open(path, "rb") as file, parsing(path, kind):
         if file.read(4) != b"PK\x03\x04":                  # else torch would read another format
             raise ValueError("it is no zip file as torch.save writes it")
@@ -119,25 +119,8 @@ STATED = dict(attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=Fal
 
 
 def read_published(weights: Path) -> dict:
-    """The paper's networks as diffusers stores them: config.json, and the weights beside it.
-
-    They were trained with t = 0..T−1, so they are called with t − 1: `first_t` says so.
-    """
-    path = weights.parent / "config.json"
-    with open(path, "rb") as file, parsing(path, "the description of a published network"):
-        theirs = json.load(file)
-        for name, value in (SAME | STATED).items():
-            if theirs.get(name, SAME.get(name, "missing")) != value:
-                raise ValueError(f"its {name} is not {value}: that is another network")
-        channels, size = theirs["block_out_channels"], theirs["sample_size"]
-        attention = tuple(size >> level for level, kind in enumerate(theirs["down_block_types"])
-                          if "Attn" in kind)
-        config = Config(
-            labels=False, model_channels=channels[0], num_groups=theirs["norm_num_groups"],
-            channel_mult=tuple(c // channels[0] for c in channels), patch_size=1, first_t=0,
-            num_res_blocks=theirs["layers_per_block"], attention_resolutions=attention or (0,),
-            dropout=float(theirs.get("dropout", 0.0)),
-            image_shape=(theirs["in_channels"], size, size))
+    """The paper's networks as diffusers stores them: config.json, and the weights beside it."""
+    config = published_config(weights.with_name("config.json"))
     found = read(weights, "a published network")
     with parsing(weights, "a published network"):
         with torch.device("meta"):
@@ -154,6 +137,27 @@ def read_published(weights: Path) -> dict:
         ema = {name: torch.cat([good[part] for part in their_names(name, config.num_res_blocks)])
                for name in shapes}
     return dict(config=asdict(config), ema=ema)
+
+
+def published_config(path: Path) -> Config:
+    """Our settings for theirs.  Raises ValueError for a network that unet.py does not compute.
+
+    Theirs were trained with t = 0..T−1, so they are called with t − 1: `first_t` says so.
+    """
+    with open(path, "rb") as file, parsing(path, "the description of a published network"):
+        theirs = json.load(file)
+        for name, value in (SAME | STATED).items():
+            if theirs.get(name, SAME.get(name, "missing")) != value:
+                raise ValueError(f"its {name} is not {value}: that is another network")
+        channels, size = theirs["block_out_channels"], theirs["sample_size"]
+        attention = tuple(size >> level for level, kind in enumerate(theirs["down_block_types"])
+                          if "Attn" in kind)
+        return Config(
+            labels=False, model_channels=channels[0], num_groups=theirs["norm_num_groups"],
+            channel_mult=tuple(c // channels[0] for c in channels), patch_size=1, first_t=0,
+            num_res_blocks=theirs["layers_per_block"], attention_resolutions=attention or (0,),
+            dropout=float(theirs.get("dropout", 0.0)),
+            image_shape=(theirs["in_channels"], size, size))
 
 
 def their_names(name: str, blocks: int) -> list[str]:

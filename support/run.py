@@ -119,7 +119,8 @@ def optimizers(net: UNet, config: Config) -> list[torch.optim.Optimizer]:
     """
     hidden = [p for part in (net.down, net.middle, net.up) for p in part.parameters()
               if p.ndim > 1 and config.muon_lr]
-    others = [p for p in net.parameters() if p not in set(hidden)]
+    kept = set(hidden)
+    others = [p for p in net.parameters() if p not in kept]
     found = [torch.optim.Adam([dict(params=others, initial_lr=config.lr)], config.lr,
                               betas=(0.9, config.beta2), fused=True)]
     if hidden:
@@ -158,15 +159,8 @@ def open_run(folder: Path, device: torch.device, named: dict, resume: bool) -> t
         config, fingerprint=fingerprint(images, labels),
         image_shape=(images.shape[3], *images.shape[1:3]),
         num_classes=int(labels.max()) + 1 if config.labels and labels is not None else 0)
-    if resume and begun.fingerprint != config.fingerprint:
-        raise ValueError(f"{config.data or DIGITS} holds other images than those the run began "
-                         "with: name them with --data")
-    differ = [f"{flag(name)} was {was}, now {getattr(config, name)}"
-              for name, was in asdict(begun).items()
-              if name not in ("steps", "data") and was != getattr(config, name)]
-    if resume and differ:
-        raise ValueError(f"--resume goes on with the same run, but {'; '.join(differ)}: "
-                         "leave that out, or begin another run with another --out")
+    if resume:
+        refuse_changes(begun, config)
     run = Run(config, device, folder)
     if config.batch % run.world:
         raise ValueError(f"--batch {config.batch} is no multiple of {run.world} processes")
@@ -178,3 +172,16 @@ def open_run(folder: Path, device: torch.device, named: dict, resume: bool) -> t
                              "a larger --steps trains it further")
     images, held_out = split(images)
     return run, images, split(labels)[0] if config.num_classes else None, held_out
+
+
+def refuse_changes(begun: Config, config: Config):
+    """Raise ValueError for other images or settings: that would be another run."""
+    if begun.fingerprint != config.fingerprint:
+        raise ValueError(f"{config.data or DIGITS} holds other images than those the run began "
+                         "with: name them with --data")
+    differ = [f"{flag(name)} was {was}, now {getattr(config, name)}"
+              for name, was in asdict(begun).items()
+              if name not in ("steps", "data") and was != getattr(config, name)]
+    if differ:
+        raise ValueError(f"--resume goes on with the same run, but {'; '.join(differ)}: "
+                         "leave that out, or begin another run with another --out")
