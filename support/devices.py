@@ -53,8 +53,8 @@ def start_processes(name: str | None, deterministic: bool) -> torch.device:
     if several and name is None:                   # each its own GPU; without GPUs all the CPU
         name = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
     device = choose_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if device.type != "cpu" and device.index is not None:
+        torch.accelerator.set_device_index(device.index)
     if several:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
