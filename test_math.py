@@ -30,7 +30,7 @@ from posterior import A1, A2, C, beta_tilde, kl, reverse_mean, reverse_step
 from support.config import PRESETS, Config, Sampling
 from support.devices import SharedGenerator
 from support.drawing import image_noise, projection
-from support.run import optimizers
+from support.run import Muon, optimizers
 from unet import Attention, Block, Downsample, UNet, parameters, time_embedding
 
 # ── What is drawn, and how near is near ───────────────────────────────────────────────────────────
@@ -1135,8 +1135,8 @@ def test_muon_steps_are_orthogonal_and_adam_has_the_rest():
     """Muon: each hidden matrix moves by lr √max(1, rows/columns) times an orthogonal matrix along
     its gradient's; every parameter has one optimizer; the paper's has Adam alone.
 
-    Five rounds of Newton-Schulz leave singular values of 0.6 to 1.3 (in bfloat16) where the
-    gradient has those of at least a hundredth of the largest.
+    Five rounds of Newton-Schulz leave singular values of 0.6 to 1.3 where the gradient has those of
+    at least a hundredth of the largest.
     """
     net = small_unet()
     config = replace(SMALL, lr=0.0625, muon_lr=0.125, warmup=1, decay=False, grad_clip=1e9)
@@ -1160,6 +1160,27 @@ def test_muon_steps_are_orthogonal_and_adam_has_the_rest():
     assert len(adam.param_groups[0]["params"]) + matrices == len(list(net.parameters()))
     assert [type(o).__name__ for o in optimizers(net, replace(SMALL, muon_lr=0.0))] == ["Adam"]
     assert PRESETS["cifar10"].muon_lr == 0
+
+
+def test_muon_is_pytorch_s_in_float32():
+    """Muon: three steps on a wide, a tall and a square matrix are torch.optim.Muon's, which rounds
+    to bfloat16, and to a convolution they are those to its matrix.
+    """
+    torch.manual_seed(0)
+    shapes = [(8, 24), (24, 8), (16, 16), (8, 4, 3, 3)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [nn.Parameter(p.detach().flatten(1).clone()) for p in ours]
+    mine = Muon([dict(params=ours)])
+    mine.param_groups[0]["lr"] = 0.1
+    other = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0)
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.flatten(1).clone()
+        mine.step(), other.step()
+    for p, q in zip(ours, theirs):
+        difference = (p.detach().flatten(1) - q.detach()).norm() / 0.3 / min(q.shape) ** 0.5
+        assert 0 < difference < 0.03                       # of the path; bfloat16 has 2⁻⁸ = 0.004
 
 
 @pytest.mark.parametrize("resident", [True, False])

@@ -616,7 +616,7 @@ def test_a_loss_that_is_no_number_stops_the_run(saved, call):
 def test_two_processes_are_one(tiny, call, tmp_path):
     """Many devices: two processes with half the batch each end in the weights of one with all.
 
-    With Adam alone: Muon rounds to bfloat16, in which the order of a sum can be seen.
+    With Adam alone: Muon's rounds magnify the rounding of a sum in another order.
     """
     common = ["--data", tiny, "--steps", 20, *TINY, "--float32", "--muon-lr", 0, "--out"]
     assert call(train, *common, "one")[0] == 0
