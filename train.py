@@ -158,14 +158,14 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, compile: bool
         stop = over_all(max(signals, default=0), run.device, largest=True)
         checkpoint = run.step % every == 0
         if done or (checkpoint and not stop):
-            draw_sheet(run, "samples.png" if done else f"step-{run.step:06}.png")
+            draw_samples(run, "samples.png" if done else f"step-{run.step:06}.png")
         if done or checkpoint or stop:
             run.save()
         if done or stop:
             return 0 if done else int(stop)
 
 
-def draw_sheet(run: Run, name: str):
+def draw_samples(run: Run, name: str):
     """100 images that the averaged network draws, its labels in order."""
     if run.rank == 0:
         classes = run.config.num_classes
