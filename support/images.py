@@ -16,6 +16,7 @@ import struct
 import warnings
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -197,9 +198,36 @@ def atomic_write(path: str | Path):
         raise
 
 
-def image_grid(images: np.ndarray, columns: int, zoom: int = 2, gap: int = 2) -> np.ndarray:
-    """N images (N, H, W) or (N, H, W, C) as one picture, in rows, each pixel zoom x zoom large."""
-    images = images.reshape(*images.shape[:3], -1).repeat(zoom, axis=1).repeat(zoom, axis=2)
+FONT = np.array([list(row) for row in (                 # the ten digits, 6 x 7 pixels each
+    ".###....#....###..#####....#..#####...##..#####..###...###..",
+    "#...#..##...#...#....#....##..#......#........#.#...#.#...#.",
+    "#...#...#.......#...#....#.#..####..#........#..#...#.#...#.",
+    "#...#...#......#.....#..#..#......#.####....#....###...####.",
+    "#...#...#.....#.......#.#####.....#.#...#..#....#...#.....#.",
+    "#...#...#....#....#...#....#..#...#.#...#..#....#...#....#..",
+    ".###...###..#####..###.....#...###...###...#.....###...##...")]) == "#"
+
+
+def caption(number: int, width: int) -> np.ndarray:
+    """`number` in the middle of a grey strip of 9 x width pixels, to stand above an image."""
+    text = np.hstack([FONT[:, 6 * int(digit):6 * int(digit) + 6] for digit in str(number)])
+    strip = np.full((9, width), 128, np.uint8)
+    left = max(0, (width - text.shape[1] + 1) // 2)
+    strip[1:8, left:left + text.shape[1]][text[:, :width]] = 255
+    return strip
+
+
+def image_grid(images: np.ndarray, columns: int, zoom: int = 2, gap: int = 2,
+               captions: Sequence[int] | None = None) -> np.ndarray:
+    """N images (N, H, W) or (N, H, W, C) as one picture, in rows, each pixel zoom x zoom large.
+
+    captions: a number to stand above each image, its t for instance.
+    """
+    images = images.reshape(*images.shape[:3], -1)
+    if captions is not None:
+        strips = np.stack([caption(number, images.shape[2]) for number in captions])[..., None]
+        images = np.concatenate([strips.repeat(images.shape[3], axis=3), images], axis=1)
+    images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
     n, h, w, c = images.shape
     rows = -(-n // columns)
     page = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), 128, np.uint8)

@@ -424,6 +424,21 @@ def test_a_png_holds_its_pixels(shape, tmp_path):
     assert np.array_equal(page[17:32:3, 1:22:3].reshape(shape), frames[2])
 
 
+def test_a_number_stands_above_each_image():
+    """Captions: every digit is legible, no two are the same, and the images are as without."""
+    images = np.zeros((3, 28, 28, 3), np.uint8)
+    page = files.image_grid(images, columns=3, zoom=1, gap=0, captions=[0, 1000, 462])
+    plain = files.image_grid(images, columns=3, zoom=1, gap=0)
+    assert page.shape == (37, 84, 3) and np.array_equal(page[9:], plain)
+    digits = [files.caption(digit, 6)[1:8] == 255 for digit in range(10)]
+    for number, strip in zip("0 1000 462".split(), np.split(page[:9, :, 0], 3, axis=1)):
+        shown, found = strip[1:8] == 255, []
+        for x in range(23):
+            found += [str(d) for d in range(10) if np.array_equal(shown[:, x:x + 6], digits[d])]
+        assert "".join(found) == number
+    assert files.caption(123456789, 10).shape == (9, 10)             # cut off, no error
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     """Files: a failure keeps what was there, leaves nothing beside it, and names the file; a link
     is followed; what a killed run left is replaced.
