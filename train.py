@@ -158,7 +158,7 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, compile: bool
         stop = over_all(max(signals, default=0), run.device, largest=True)
         checkpoint = run.step % every == 0
         if done or (checkpoint and not stop):
-            draw_samples(run, "samples.png" if done else f"step-{run.step:06}.png")
+            draw_samples(run, f"step-{run.step:06}.png")
         if done or checkpoint or stop:
             run.save()
         if done or stop:
@@ -222,7 +222,8 @@ def main():
     elif run.rank == 0:
         how = "--sampler dpm --guidance 2" if run.config.num_classes else "--sampler dpm"
         print(f"\n{chart(run.log)}\n\n"
-              f"drawn: {args.out / 'samples.png'}; beside it: checkpoint.pt, log.csv, network.pt\n"
+              f"drawn: {args.out}/step-{run.step:06}.png\n"
+              "beside it: checkpoint.pt, log.csv, network.pt\n"
               f"next: python sample.py --weights {path} {how}")
     raise SystemExit(128 + stopped if stopped else 0)
 
