@@ -18,7 +18,8 @@ from torch.nn import functional as F
 def time_embedding(t: Tensor, width: int) -> Tensor:
     """[sin(ω_k t), cos(ω_k t)], ω_k = 10000^(−k / (width/2 − 1)), k = 0 .. width/2 − 1.
 
-    t: (B,), in 1..T → (B, width) float32.  Vaswani et al. (2017), all sines before all cosines.
+    t: (B,), in 1..T → (B, width) float32.  As in Ho's code; Vaswani et al. (2017) have k/(width/2)
+    and a sine and a cosine in turn.
     """
     k = torch.arange(width // 2, device=t.device)
     omega = torch.exp(-k * math.log(10_000) / (width // 2 - 1))
