@@ -110,8 +110,9 @@ def draw_all(walk: Callable, sampling: Sampling, config: Config, device: torch.d
     walk: generate() of sample.py, for a part of the images.  times: t of x_T, …, x_0;  snr: their
     signal-to-noise ratio, without that of x_0.
     """
-    out, total, columns = Path(sampling.out), sampling.n or (8 if sampling.keep else 100), None
+    out, total = Path(sampling.out), sampling.n or (8 if sampling.keep else 100)
     sheet, known, steps = out.suffix == ".png", None, len(snr)
+    columns = config.num_classes if sampling.label == "all" else None
     if sampling.keep:
         originals, _ = held_out_images(sampling.data, config, least=total, most=total)
         known = to_batch(torch.from_numpy(originals).to(device))
@@ -129,8 +130,6 @@ def draw_all(walk: Callable, sampling: Sampling, config: Config, device: torch.d
 
     with atomic_write(out) as file:
         frames = collect(part_of_walk, total, sampling.batch, steps, shown)
-        if sampling.label == "all":
-            columns = config.num_classes
         if sampling.keep and sheet:
             frames = [completion_rows(originals, kept, frame) for frame in frames]
             columns = 2 + COMPLETIONS
