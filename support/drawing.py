@@ -68,9 +68,9 @@ def projection(keep: str, height: int, width: int) -> Callable[[Tensor], Tensor]
 
 
 def even_frames(snr: np.ndarray, count: int = 40) -> list[int]:
-    """At most `count` steps of a walk, even in log-SNR, the first and the last among them.
+    """Of x_T, x_{T−1}, …, x_0 at most `count` that are even in log-SNR, x_T among them, and x_0.
 
-    snr: of x_T, x_{T−1}, …, x_1; that of x_0 is infinite.  Below 1e-5 all is noise.
+    snr: theirs, without that of x_0, which is infinite.  Below 1e-5 all is noise.
     """
     log_snr = np.log(np.maximum(snr, 1e-5))
     levels = np.linspace(log_snr[0], log_snr[-1], count)
