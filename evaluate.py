@@ -162,8 +162,8 @@ def print_bound(path: Path, data: str | None = None, device: str | None = None):
 
 
 def main():
-    parser = Parser(description="Print the bound on -log p(x_0) of held-out images, and whether the "
-                                "network copies.")
+    parser = Parser(description="Print the bound on -log p(x_0) of held-out images, and how near "
+                                "drawn ones come to those of the training.")
     parser.add_argument("--weights", type=Path, default=Path("out/checkpoint.pt"),
                         help="a checkpoint, or a published network (out/checkpoint.pt)")
     parser.add_argument("--data", help="images, of which the last tenth is held out (those of "

@@ -69,6 +69,10 @@ def tables(beta):
     return Schedule(beta, 1 - beta, np.cumprod(1 - beta), variance)
 
 
+def evenly(T, beta_1, beta_T):
+    return tables(np.linspace(beta_1, beta_T, T))
+
+
 betas = st.floats(1e-7, 1 - 1e-7) | st.floats(-16, -0.001).map(math.exp)
 schedules = (st.lists(betas, min_size=1, max_size=30)
              | st.builds(np.linspace, st.floats(1e-6, 0.01), st.floats(0.01, 0.5),
@@ -78,7 +82,7 @@ images = arrays(np.float64, array_shapes(max_dims=3, max_side=3), elements=pixel
 
 ONE_STEP = tables([0.3])
 EXTREMES = tables([1e-7, 1 - 1e-7, 1e-7, 0.5])
-PAPER = tables(np.linspace(1e-4, 0.02, 1000))
+PAPER = evenly(1000, 1e-4, 0.02)
 
 
 @st.composite
@@ -370,7 +374,7 @@ def test_x_T_is_nearly_independent_of_x_0():
     assert posterior.bits_per_dim(posterior.L_T(np.array([1.0, -1.0]), PAPER)) == pytest.approx(
         2.911e-5, rel=1e-3)
     assert math.sqrt(PAPER.alpha_bar[1000]) == pytest.approx(0.00635, abs=5e-6)
-    fifty = linear(50)
+    fifty = evenly(50, 1e-4, 0.02)
     assert fifty.alpha_bar[50] == pytest.approx(0.60, abs=0.005)
     assert posterior.bits_per_dim(posterior.L_T(np.ones(1), fifty)) > 0.1   # needs other betas
 
@@ -430,7 +434,7 @@ def test_how_A1_and_A2_change():
 
 def test_one_third():
     """V8: at t = 3 the posterior takes 1/3 from x_0 only for equal β → 0; linear() takes 0.3887."""
-    tiny = schedule_of([1e-9] * 3)
+    tiny = tables([1e-9] * 3)
     assert (A2(3, tiny) == pytest.approx(1 / 3, abs=1e-8)
             and A1(3, tiny) == pytest.approx(2 / 3, abs=1e-8))
     assert (A2(3, PAPER) == pytest.approx(0.3887, abs=5e-5)
@@ -442,7 +446,7 @@ def test_without_x_0_the_reverse_is_gaussian_only_for_small_beta(beta, kurtosis)
     """N4: for x_0 = ±1, q(x_{t−1}|x_t) is two Gaussians;
     at ᾱ_t = 0.5, x_t = 0.1 its kurtosis falls like β².
     """
-    schedule = schedule_of([1 - 0.5 / (1 - beta), beta])
+    schedule = tables([1 - 0.5 / (1 - beta), beta])
     x_t, weights, x = 0.1, [], np.linspace(-6, 6, 20001)
     densities = []
     for x0 in (-1.0, 1.0):
@@ -597,7 +601,7 @@ def test_the_constant_is_half_a_bit_in_total():
 
 # ── The bound ─────────────────────────────────────────────────────────────────────────────────────
 
-walkable = st.lists(st.floats(0.001, 0.9), min_size=1, max_size=8).map(schedule_of)
+walkable = st.lists(st.floats(0.001, 0.9), min_size=1, max_size=8).map(tables)
 
 
 @given(walkable, st.data())
@@ -827,7 +831,7 @@ def test_the_least_loss_is_that_of_the_perfect_network():
     Five standard errors of 40,000 draws a quarter; an error of a twentieth is found.
     """
     images, perfect = finite_set()
-    labels, schedule = np.arange(6) % 3, linear(20, 0.01, 0.5)
+    labels, schedule = np.arange(6) % 3, evenly(20, 0.01, 0.5)
     config = Config(T=20, beta_1=0.01, beta_T=0.5, image_shape=(1, 2, 2), p_uncond=0.25)
     x0 = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     tables, generator = sample.on_device(schedule, "cpu"), torch.Generator().manual_seed(0)
@@ -856,7 +860,7 @@ def test_the_least_loss_is_that_of_the_perfect_network():
 def test_the_perfect_network_has_the_least_bound():
     """score, Ho (5): on the images themselves no other prediction has a lower bound."""
     images, perfect = finite_set()
-    x0, schedule = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1, linear(50, 0.001, 0.3)
+    x0, schedule = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1, evenly(50, 0.001, 0.3)
 
     def total(predict):
         terms = evaluate.bound(predict, schedule, x0, each=200)
@@ -930,7 +934,7 @@ def test_float64_keeps_its_digits(formula, beta, data, a, b):
 DEVICES = (["cpu"] + ["cuda"] * torch.cuda.is_available()
            + ["mps"] * torch.backends.mps.is_available())
 on_every_device = pytest.mark.parametrize("device", DEVICES)
-mild = st.lists(st.floats(0.001, 0.7), min_size=1, max_size=6).map(schedule_of)
+mild = st.lists(st.floats(0.001, 0.7), min_size=1, max_size=6).map(tables)
 
 
 def near32(found: torch.Tensor, exact, condition=1.0):
@@ -981,7 +985,7 @@ def test_ddim_keeps_the_marginal_for_any_eta(schedule, data, eta):
 
 
 @on_every_device
-@given(schedule=st.lists(st.floats(0.001, 0.7), min_size=3, max_size=6).map(schedule_of),
+@given(schedule=st.lists(st.floats(0.001, 0.7), min_size=3, max_size=6).map(tables),
        data=st.data())
 def test_dpm_is_its_published_formula_and_with_eta_1_a_posterior_draw(device, schedule, data):
     """DPM: D looks half a step of λ ahead; then Lu's step, or with η = 1 a draw from
@@ -1015,7 +1019,7 @@ def test_the_first_dpm_step_is_ddim(schedule, data):
     near32(sample.dpm_step(x_t, 1, x0, x0_prev, z, tables), x0.numpy())
 
 
-@given(schedule=st.lists(st.floats(0.001, 0.7), min_size=2, max_size=6).map(schedule_of),
+@given(schedule=st.lists(st.floats(0.001, 0.7), min_size=2, max_size=6).map(tables),
        data=st.data())
 def test_dpm_is_exact_where_the_prediction_does_not_change(schedule, data):
     """DPM: for constant x̂_0 the step lands on √ᾱ_{t−1} x̂_0 + σ_{t−1}/σ_t (x_t − √ᾱ_t x̂_0),
@@ -1098,7 +1102,7 @@ def test_orders_of_the_solvers():
     half the step, half (a quarter of) the error, from 80 steps on.
     """
     m, s2 = 0.3, 0.25
-    fine = linear(12800, 1e-4 / 12.8, 0.02 / 12.8)
+    fine = evenly(12800, 1e-4 / 12.8, 0.02 / 12.8)
     errors = {}
     for name in ("ddim", "dpm"):
         for steps in (80, 160, 320):
@@ -1152,10 +1156,10 @@ def small_unet(seed=0, **changes):
 # ── Algorithm 1: training ─────────────────────────────────────────────────────────────────────────
 
 @on_every_device
-@pytest.mark.parametrize("schedule", [ONE_STEP, PAPER, cosine(1000)],
-                         ids=["T=1", "linear", "cosine"])
-def test_tables_are_cast_once_from_float64(schedule, device):
+@pytest.mark.parametrize("made", [lambda: ONE_STEP, linear, cosine], ids=["T=1", "linear", "cosine"])
+def test_tables_are_cast_once_from_float64(made, device):
     """Ho (4): every table on the device is the float64 one, rounded to float32 and nothing else."""
+    schedule = made()
     for found, exact in zip(sample.on_device(schedule, device), schedule):
         assert np.array_equal(found.cpu().numpy(), exact.astype(np.float32))
 
@@ -1611,7 +1615,7 @@ WALK = replace(SMALL, T=12, beta_1=0.01, beta_T=0.3, float32=True, num_classes=0
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_whole_walk_through_a_network_is_numpy_s(device, clip, variance, seed):
     """Algorithm 2, N4, N8: generate() against reverse_step: same network, same noise, every x_t."""
-    net, schedule = small_unet(seed, num_classes=0).to(device), linear(12, 0.01, 0.3)
+    net, schedule = small_unet(seed, num_classes=0).to(device), evenly(12, 0.01, 0.3)
     sampling = Sampling(variance=variance, clip=clip, seed=seed)
     found = list(sample.generate(net, WALK, sampling, range(5, 7)))
     assert len(found) == 13
@@ -1771,7 +1775,7 @@ def test_completion_keeps_what_is_known(keep, resample):
     Five standard errors of at least 3,200 draws: a false alarm once in 10⁶, and a mean off by 0.1
     or a variance by an eighth is found.
     """
-    schedule, P = linear(12, 0.01, 0.3), projection(keep, 8, 8)
+    schedule, P = evenly(12, 0.01, 0.3), projection(keep, 8, 8)
     known = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8).repeat(800, 1, 1, 1)
     sampling = Sampling("dpm", keep=keep, resample=resample, steps=12)
     walk = list(sample.generate(Half(), WALK, sampling, range(800), known=known))
@@ -1813,7 +1817,7 @@ def test_resampling_goes_back_by_the_forward_step():
     """
     def image(value):
         return torch.full((1, 1, 2, 2), value)
-    tables = sample.on_device(schedule_of([0.1, 0.36, 0.2]), "cpu")
+    on_cpu = sample.on_device(tables([0.1, 0.36, 0.2]), "cpu")
     for t, rounds in ((2, [[2, -1.0, -5.0], [2, 0.8 * 2 + 0.6 * 2, 3.0]]),
                       (1, [[1, -1.0, -5.0]])):
         walked, noises = [], iter(map(image, [1.0, 2.0, 3.0, 4.0]))
@@ -1821,7 +1825,7 @@ def test_resampling_goes_back_by_the_forward_step():
         def step(x_t, t, z):
             walked.append([t, float(x_t.mean()), float(z.mean())])
             return image(2.0)
-        complete = sample.completed(step, image(0.0), lambda x: 0 * x, tables,
+        complete = sample.completed(step, image(0.0), lambda x: 0 * x, on_cpu,
                                     lambda: next(noises), resample=2)
         complete(image(-1.0), t, image(-5.0))
         np.testing.assert_allclose(walked, rounds, rtol=1e-6)
@@ -1854,7 +1858,7 @@ def test_the_estimated_bound_is_the_closed_form_on_gaussian_data():
     A false alarm once in 10⁶; Σ L_{t−1} off by a quarter is found: an error is at most a twentieth.
     """
     s2, T = 0.04, 50
-    schedule = linear(T, 1e-3, 0.3)
+    schedule = evenly(T, 1e-3, 0.3)
     x0 = np.rint((np.random.default_rng(0).standard_normal((400, 1, 8, 8)) * math.sqrt(s2) + 1)
                  * 127.5) / 127.5 - 1
     s2 = x0.var()
@@ -1895,7 +1899,7 @@ def known_errors(delta, schedule, x0):
 
 def test_the_estimated_bound_is_exact_for_a_network_off_by_a_constant():
     """Ho (5, 12, 13): no noise is left in the estimate where every image has the same error."""
-    schedule = linear(6, 0.05, 0.6)
+    schedule = evenly(6, 0.05, 0.6)
     x0 = (torch.arange(3 * 2 * 2) * 20).float().reshape(3, 1, 2, 2) / 127.5 - 1
     predict, calls = known_errors(torch.full((3,), 0.3), schedule, x0)
     found = evaluate.bound(predict, schedule, x0, each=2)
@@ -1920,7 +1924,7 @@ def test_the_stated_error_is_the_spread_of_the_estimates():
 
     Five standard errors: a false alarm once in 10⁶; a stated error off by a fifth is found.
     """
-    schedule = linear(3, 0.1, 0.2)
+    schedule = evenly(3, 0.1, 0.2)
     x0 = torch.zeros(8, 1, 1, 1)
     predict, _ = known_errors(torch.linspace(0.1, 3, 8), schedule, x0)
     found = [evaluate.bound(predict, schedule, x0, seed, each=16) for seed in range(300)]

@@ -1082,7 +1082,7 @@ def test_the_pages_name_only_what_exists(page):
     files = re.findall(r"`((?:\w+/)?[\w-]+\.(?:py|npz|txt))`|\]\((assets/[\w./-]+)\)", page)
     for name in map("".join, files):
         assert (ROOT / name).exists(), name
-    known = {*flags(), "--hypothesis-profile", "--nproc_per_node"}
+    known = {*flags(), "--hypothesis-profile", "--nproc_per_node", "--mine"}
     for flag in re.findall(r"(?<![\w-])(--[a-z][\w-]*)", page):
         assert flag in known, flag
 

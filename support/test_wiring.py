@@ -3,6 +3,9 @@
 `watched` records every call of the network in a run: what it was given and in which state it was.
 With betas of 1e-6 an x_t tells its x_0 exactly, and what is left of it is ε.
 """
+import ast
+import re
+import subprocess
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -16,7 +19,7 @@ import ddpm
 import evaluate
 import sample
 import train
-from support import devices
+from support import devices, exercises
 from support.config import PRESETS, Config, Sampling
 from support.images import load, to_batch, to_pictures
 from unet import UNet
@@ -327,3 +330,51 @@ def test_the_bound_is_that_of_the_held_out_images(network, coloured, call, watch
     which = read_off(watched[5].x_t, watched[5].t, ddpm.linear(6, 1e-6, 0.3))[0]
     assert which.tolist() == [36, 37, 38, 39]
     assert all(step.label.tolist() == [0, 1, 2, 3] for step in watched[5:])
+
+
+# ── Write it yourself ─────────────────────────────────────────────────────────────────────────────
+
+def test_the_exercises_are_ours_without_the_equations():
+    """Exercises: every tagged function is blank, its docstring and all the rest are kept."""
+    for name in exercises.FILES:
+        source = (exercises.ROOT / f"{name}.py").read_text()
+        trees = [ast.parse(text) for text in (source, exercises.blanked(source))]
+        left = exercises.blanks(exercises.blanked(source))
+        assert not exercises.blanks(source) and len(left) > 5
+        for ours, theirs in zip(*(tree.body for tree in trees), strict=True):
+            if getattr(ours, "name", None) not in left:
+                assert ast.unparse(ours) == ast.unparse(theirs)
+            elif isinstance(ours, ast.FunctionDef):
+                assert ast.unparse(ours.args) == ast.unparse(theirs.args)
+                assert ast.get_docstring(ours) == ast.get_docstring(theirs) != ""
+                assert ast.unparse(theirs.body[1]).startswith("raise NotImplementedError")
+        tagged = {node.name for node in trees[0].body if isinstance(node, ast.FunctionDef)
+                  and "Ho (" in (ast.get_docstring(node) or "").split("\n")[0]}
+        assert tagged <= set(left)
+
+
+def test_what_a_reader_fills_in_is_proved_and_counted(tmp_path, call, capsys):
+    """Exercises: blank, one filled in, one with a wrong symbol: which claims are proved, which
+    function breaks one, and what is still blank.
+    """
+    call(exercises, "mine")
+    assert "pytest --mine mine" in capsys.readouterr().out
+    path = Path("mine/ddpm.py")
+    head, q_step, q_marginal, rest = re.split(r"(?=def q_step)|(?=def q_marginal)|(?=def q_sample)",
+                                              path.read_text())
+    path.write_text(
+        head + q_step.replace(exercises.BLANK, "return (1 - schedule.beta[t]) ** 0.5 * x_prev, 0")
+        + q_marginal.replace(exercises.BLANK, "return sqrt(schedule.alpha_bar[t]) * x0, "
+                             "schedule.one_minus_alpha_bar[t]") + rest)
+    chosen = "scales_the_mean or jump_is or L_T_is"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "test_math.py", "-k", chosen,
+         f"--mine={tmp_path / 'mine'}"], cwd=exercises.ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    for expected in (r"Ho \(2\) +0 of +1  NOT PROVED by test_a_step_scales_the_mean_and_adds_beta",
+                     r"Ho \(4\) +0 of +1  waits for q_sample", r"Ho \(5\) +0 of +1  waits for L_T",
+                     r"0 of 3 claims proved",
+                     r"still blank in .*ddpm.py: schedule_of, linear, cosine, times, respaced, "
+                     r"naive_step, scaled_step, q_sample, .*"):
+        assert any(re.fullmatch(expected, line) for line in lines), done.stdout
