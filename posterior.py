@@ -294,7 +294,7 @@ def draw_perfectly(steps: int = 50):
     def ours(x_t, t):
         return net(x_t, torch.full((10,), int(tau[t])), torch.arange(10))
 
-    print("\nDrawn from the same x_T: distance to the nearest training image, RMS per pixel")
+    print("\nDrawn from the same x_T: distance to the nearest digit in assets/, RMS per pixel")
     rows = []
     for name, eps_theta in (("perfect", perfect), ("ours", ours)):
         step = sampler_step(eps_theta, on_device(schedule, "cpu"), Sampling())
