@@ -206,7 +206,6 @@ def l_simple(eps, eps_hat):
 
 def main():
     """Document V's example: the letter T under V1 and under V2, one strip each, and the figures."""
-    from support.console import one_line_errors
     from support.images import image_grid, to_bytes, write_png
 
     letter = -np.ones((48, 48))
@@ -231,12 +230,14 @@ def main():
             row = [f"{x[ink].mean():8.3f}{x[~ink].mean():8.3f}{x.var():11.3f}"
                    for x in (naive, scaled)]
             print(f"{t:5d} {row[0]}   {row[1]}   {snr(t, schedule) if t else np.inf:10.3g}")
-    with one_line_errors():
-        write_png("out/letter.png", image_grid(np.array(strips[0] + strips[1]), columns=len(shown)))
+    write_png("out/letter.png", image_grid(np.array(strips[0] + strips[1]), columns=len(shown)))
     print("\nnaive: the letter stays, under ever more noise; "
           "scaled: the letter goes, the variance tends to 1")
     print("drawn: out/letter.png, naive above, scaled below; next: python posterior.py")
 
 
 if __name__ == "__main__":
-    main()
+    from support.console import one_line_errors
+
+    with one_line_errors():
+        main()

@@ -11,8 +11,9 @@ from torch import Tensor
 
 import posterior
 from ddpm import Schedule
-from sample import on_device, q_sample, schedule_from
+from sample import LAST, SHIPPED, on_device, q_sample, schedule_from
 from support.checkpoint import load_network
+from support.config import Sampling, add_options, given
 from support.console import Parser, Progress, one_line_errors
 from support.devices import autocast, choose_device
 from support.images import fingerprint, held_out_images, load, to_batch
@@ -100,16 +101,13 @@ def print_bound(path: Path, data: str | None = None, device: str | None = None):
     print("rate = L_T + Σ L_{t−1}, distortion = L_0; ± one standard error of the estimate")
 
 
+@one_line_errors()
 def main():
     parser = Parser(description="Print the bound on -log p(x_0) of held-out images.")
-    parser.add_argument("--weights", type=Path, default=Path("out/checkpoint.pt"),
-                        help="a checkpoint, or a published network (out/checkpoint.pt)")
-    parser.add_argument("--data", help="images, of which the last tenth is held out (those of "
-                                       "the checkpoint)")
-    parser.add_argument("--device", help="cuda, mps or cpu; default: the best one here")
-    args = parser.parse_args()
-    with one_line_errors():
-        print_bound(args.weights, args.data, args.device)
+    add_options(parser, Sampling, "weights", "data", "device")
+    chosen = Sampling(**given(parser.parse_args(), Sampling))
+    path = chosen.weights or (LAST if LAST.exists() else SHIPPED)
+    print_bound(path, chosen.data, chosen.device)
 
 
 if __name__ == "__main__":

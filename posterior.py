@@ -223,11 +223,9 @@ def tweedie_mean(x_t, score_t, t, schedule: Schedule):
 
 def main():
     """Document V's example: a digit walked back from x_T, x_0 given, and how A1 and A2 change."""
-    from support.console import one_line_errors
     from support.images import image_grid, load, to_bytes, to_pixels, write_png
 
-    with one_line_errors():
-        x0 = to_pixels(load()[0][7])
+    x0 = to_pixels(load()[0][7])
     schedule, rng = linear(), np.random.default_rng(0)
     shown = [1000, 800, 600, 462, 400, 300, 200, 100, 50, 20, 10, 3, 2, 1]
     x_t = draw(*q_marginal(x0, schedule.T, schedule), rng.standard_normal(x0.shape))
@@ -246,10 +244,12 @@ def main():
           f"{A1(t, schedule).max():.5f} at t = {t[A1(t, schedule).argmax()]}, then falls to 0.")
     print("Far out the posterior trusts x_t; near the image it trusts x_0, "
           "and at t = 1 nothing else.")
-    with one_line_errors():
-        write_png("out/posterior.png", image_grid(to_bytes(np.array(strip)), columns=len(strip)))
+    write_png("out/posterior.png", image_grid(to_bytes(np.array(strip)), columns=len(strip)))
     print("drawn: out/posterior.png, x_T to x_0; next: python train.py")
 
 
 if __name__ == "__main__":
-    main()
+    from support.console import one_line_errors
+
+    with one_line_errors():
+        main()

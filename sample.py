@@ -218,9 +218,8 @@ def arguments() -> Parser:
 
 
 def main():
-    args = arguments().parse_args()
     with one_line_errors():
-        sampling = Sampling(**given(args, Sampling))
+        sampling = Sampling(**given(arguments().parse_args(), Sampling))
         out, device = Path(sampling.out), choose_device(sampling.device)
         path = sampling.weights or (LAST if LAST.exists() else SHIPPED)
         net, config = load_network(path, device)

@@ -281,7 +281,7 @@ def options():
     for settings_ in (Config, Sampling):
         for setting in (f for f in fields(settings_) if f.metadata["help"]):
             rule, default, name = setting.metadata, setting.default, setting.name
-            value = dict(int=3, float=0.5, str="x")[rule["kind"].__name__] \
+            value = dict(int=7, float=0.5, str="x")[rule["kind"].__name__] \
                 if rule["kind"] is not bool else not default
             value = next((c for c in rule["choices"] or () if c != default), value)
             yield settings_, name, (value, 4) if isinstance(default, tuple) else value
