@@ -75,8 +75,8 @@ def cosine(T: int = 1000) -> Schedule:
 def times(T: int, steps: int) -> np.ndarray:
     """τ_i = max(i, T (i/N)²), i = 0, …, N, rounded                                            DDIM
 
-    Song et al. (2020), appendix D.2: most of the N = steps stand where little noise is left, as the
-    details come there.  That no two are the same, and the rounding, is not in the paper.
+    Most of the N = steps stand where little noise is left, as the details come there.  Song et al.
+    (2020), appendix D.2, have ⌊c i²⌋; the rounding, and that no two are the same, are ours.
     """
     i = np.arange(steps + 1)
     return np.maximum(i, np.rint(T * (i / steps) ** 2).astype(int))
@@ -85,6 +85,7 @@ def times(T: int, steps: int) -> np.ndarray:
 def respaced(schedule: Schedule, times: np.ndarray) -> Schedule:
     """β = 1 − ᾱ_t/ᾱ_s for neighbours s < t of `times`: the same noise levels in fewer steps.   DDIM
 
+    Nichol and Dhariwal (arXiv:2102.09672), section 4.
     times: 0 = t_0 < t_1 < … < t_N ≤ T → a schedule of N steps whose ᾱ_k is the old one's at
     times[k].  Raises ValueError when the times do not begin at 0 or do not increase.
     """
@@ -205,35 +206,36 @@ def l_simple(eps, eps_hat):
 # ── The letter T ──────────────────────────────────────────────────────────────────────────────────
 
 def main():
-    """Document V's example: the letter T under V1 and under V2, one strip each, and the figures."""
+    """Document V's example: the letter T under V1 and under V2, 100 times each, and the figures."""
     from support.images import image_grid, to_bytes, write_png
 
-    letter = -np.ones((48, 48))
-    letter[8:14, 8:40] = letter[8:40, 21:27] = 1
+    letter = -np.ones((32, 32))
+    letter[5:9, 5:27] = letter[5:27, 14:18] = 1
     ink = letter > 0
     schedule, rng = linear(), np.random.default_rng(0)
-    naive = scaled = letter
-    shown = [0, 50, 100, 200, 300, 500, 1000]
-    strips = [[], []]
+    naive = scaled = np.stack([letter] * 100)
+    shown, strips = [0, 50, 100, 200, 300, 500, 1000], []
 
-    print("The letter T, pixels -1 and 1; ink and paper are the mean pixel of each.\n")
+    print("The letter T, pixels -1 and 1; ink and paper: the mean pixel of each, over 100 draws\n")
     print("            naive: x + √β ε  (V1)      scaled: √(1−β) x + √β ε  (V2, Ho 2)")
     print("    t      ink   paper   variance        ink   paper   variance   SNR   (V4)")
     for t in range(schedule.T + 1):
         if t > 0:
-            eps = rng.standard_normal(letter.shape)
+            eps = rng.standard_normal(naive.shape)
             naive = naive_step(naive, schedule.beta[t], eps)
             scaled = draw(*q_step(scaled, t, schedule), eps)
         if t in shown:
-            for strip, x in zip(strips, (naive, scaled)):
-                strip.append(to_bytes(x / max(1, np.abs(x).max() / 2)))
-            row = [f"{x[ink].mean():8.3f}{x[~ink].mean():8.3f}{x.var():11.3f}"
+            strips.append([naive[0], naive.mean(0), scaled[0], scaled.mean(0)])
+            row = [f"{x[:, ink].mean():8.3f}{x[:, ~ink].mean():8.3f}{x.var():11.3f}"
                    for x in (naive, scaled)]
             print(f"{t:5d} {row[0]}   {row[1]}   {snr(t, schedule) if t else np.inf:10.3g}")
-    write_png("out/letter.png", image_grid(np.array(strips[0] + strips[1]), columns=len(shown)))
+    # one scale for all, cut off at -2 and 2: so it shows that the variance grows
+    images = to_bytes(np.swapaxes(strips, 0, 1).reshape(-1, *letter.shape) / 2)
+    write_png("out/letter.png", image_grid(images, len(shown), zoom=3, captions=4 * shown))
     print("\nnaive: the letter stays, under ever more noise; "
           "scaled: the letter goes, the variance tends to 1")
-    print("drawn: out/letter.png, naive above, scaled below; next: python posterior.py")
+    print("drawn: out/letter.png; in each half one draw, and below it the mean of all 100; "
+          "next: python posterior.py")
 
 
 if __name__ == "__main__":

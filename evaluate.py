@@ -1,6 +1,7 @@
-"""The bound on −log p(x_0) of held-out images, in bits per dimension.                    Ho (5), V7
+"""How good is the network?  The bound on −log p(x_0), the least loss, copies.     Ho (5), V7, score
 
-`python evaluate.py` prints its three terms for your last checkpoint.
+`python evaluate.py` prints for your last checkpoint the three terms of the bound of held-out
+images, and how near its drawings come to the images that it was trained on.
 """
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import ddpm
 import posterior
 from ddpm import Schedule
-from sample import LAST, SHIPPED, on_device, q_sample, schedule_from
+from sample import LAST, SHIPPED, generate, on_device, q_sample, schedule_from
 from support.checkpoint import load_network
-from support.config import Sampling, add_options, given
+from support.config import Config, Sampling, add_options, given
 from support.console import Parser, Progress, one_line_errors
 from support.devices import autocast, choose_device
-from support.images import fingerprint, held_out_images, load, to_batch
+from support.images import (fingerprint, held_out_images, load, split, to_batch, to_pictures,
+                            to_pixels)
 
 
 @torch.no_grad()
@@ -72,11 +75,66 @@ def erfc(x: np.ndarray) -> np.ndarray:
     return torch.special.erfc(torch.from_numpy(x)).numpy()
 
 
+# ── The network that cannot be better, and copies ─────────────────────────────────────────────────
+
+def least_loss(images: np.ndarray, labels: np.ndarray | None, config: Config,
+               draws: int = 400) -> np.ndarray:
+    """min over all ε_θ of L_simple on these images, by quarter of t: that of best_x0.         score
+
+    images: (N, H, W, C) uint8, of which the first 10,000 are taken.  Estimated from `draws` pairs
+    of image and noise, with t spread evenly over 1..T.  A network that is told the label compares
+    x_t with the images of that label alone.
+    """
+    schedule, rng = schedule_from(config), np.random.default_rng(config.seed)
+    x = to_pixels(images[:10_000].astype(np.float64)).reshape(min(len(images), 10_000), -1)
+    t = 1 + np.arange(draws) * schedule.T // draws
+    i, dropped = rng.integers(len(x), size=draws), rng.random(draws) < config.p_uncond
+    eps = rng.standard_normal((draws, x.shape[1]))
+    x_t, best = ddpm.q_sample(x[i], t[:, None], eps, schedule), np.empty_like(eps)
+    label = np.zeros(len(x), int) if labels is None else labels[:len(x)]
+    told = np.where(dropped, -1, label[i])
+    for this in np.unique(told):
+        same = x[(label == this) | (this == -1)]
+        best[told == this] = posterior.best_x0(x_t[told == this], t[told == this], same, schedule)
+    errors = (eps - ddpm.eps_from_x0(x_t, t[:, None], best, schedule)) ** 2
+    quarter = (t - 1) * 4 // schedule.T
+    return np.array([errors[quarter == q].mean() if q in quarter else np.nan for q in range(4)])
+
+
+def nearest(images: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """‖x − x_i‖/√D to the nearest x_i of `training`, in pixels of [-1, 1], and its index i.
+
+    Both uint8, (…, H, W, C): whole numbers, so the distance between equal images is exactly 0.
+    """
+    x, best = images.reshape(len(images), -1).astype(np.float64), []
+    for part in np.array_split(training.reshape(len(training), -1), -(-len(training) // 10_000)):
+        x_i = part.astype(np.float64)
+        best.append((x ** 2).sum(1)[:, None] - 2 * x @ x_i.T + (x_i ** 2).sum(1))
+    squared = np.concatenate(best, axis=1)
+    return np.sqrt(squared.min(1) / x.shape[1]) / 127.5, squared.argmin(1)
+
+
+def print_copies(net, config: Config, images: np.ndarray, held_out: np.ndarray):
+    """How near drawn images come to those of the training, beside how near held-out ones do."""
+    labels = torch.arange(len(held_out), device=next(net.parameters()).device)
+    label = labels % config.num_classes if config.num_classes else None
+    sampling = Sampling(sampler="dpm")
+    *_, x0 = generate(net, config, sampling, range(len(held_out)), label)
+    print(f"\nDistance to the nearest of {len(images)} training images, RMS per pixel:")
+    print("                         least   median    (a copy: 0)")
+    for name, shown in ((f"{len(held_out)} held-out images", held_out),
+                        (f"{len(held_out)} drawn images", to_pictures(x0))):
+        distance = nearest(shown, images)[0]
+        print(f"{name:22}{distance.min():8.4f} {np.median(distance):8.4f}")
+
+
 def print_bound(path: Path, data: str | None = None, device: str | None = None):
     """The terms for at most 1000 held-out images, as the paper reports them: section 4.3."""
     device = choose_device(device)
     net, config = load_network(path, device)
-    if data is None and fingerprint(*load(config.data)) != config.fingerprint:
+    training = load(data or config.data)
+    known = fingerprint(*training) == config.fingerprint
+    if data is None and not known:
         raise ValueError(f"{path} was trained on other images than those that ship: name images "
                          "that it has not seen with --data")
     images, labels = held_out_images(data, config, least=2, most=1000)
@@ -99,11 +157,14 @@ def print_bound(path: Path, data: str | None = None, device: str | None = None):
         row = "".join(f"{mean:14.5f} ± {error:.4f}" for mean, error in terms.values())
         print(f"{variance:10} {row}{total:12.4f} ± {error:.4f}")
     print("rate = L_T + Σ L_{t−1}, distortion = L_0; ± one standard error of the estimate")
+    if known:
+        print_copies(net, config, split(training[0])[0], images[:100])
 
 
 @one_line_errors()
 def main():
-    parser = Parser(description="Print the bound on -log p(x_0) of held-out images.")
+    parser = Parser(description="Print the bound on -log p(x_0) of held-out images, and whether the "
+                                "network copies.")
     add_options(parser, Sampling, "weights", "data", "device")
     chosen = Sampling(**given(parser.parse_args(), Sampling))
     path = chosen.weights or (LAST if LAST.exists() else SHIPPED)

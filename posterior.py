@@ -11,7 +11,8 @@ import math
 import numpy as np
 from numpy import log, sqrt
 
-from ddpm import Schedule, draw, linear, log_normal, q_marginal, q_step
+from ddpm import (Schedule, draw, eps_from_x0, linear, log_normal, q_marginal, q_step, respaced,
+                  times)
 
 
 # ── The true posterior ────────────────────────────────────────────────────────────────────────────
@@ -219,15 +220,32 @@ def tweedie_mean(x_t, score_t, t, schedule: Schedule):
     return (x_t + schedule.beta[t] * score_t) / sqrt(schedule.alpha[t])
 
 
-# ── A digit, there and back ───────────────────────────────────────────────────────────────────────
+def best_x0(x_t, t, images, schedule: Schedule):
+    """E[x_0 | x_t] = Σ_i w_i x_i,  w = softmax_i(−‖x_t − √ᾱ_t x_i‖² / (2 (1−ᾱ_t)))            score
 
-def main():
+    The perfect network, for data that are a finite set: by Bayes' rule w_i = q(x_i | x_t), which
+    is proportional to q(x_t | x_i), as each x_i is as likely as any other.  The mean has the least
+    squared error, and ε follows by Ho (15).  A network this good draws nothing but the x_i.
+    x_t: (B, …) at t >= 1, one for all or (B,);  images: (N, …) → (B, …).
+    """
+    x, x_i = x_t.reshape(len(x_t), -1), images.reshape(len(images), -1)
+    alpha_bar, variance = (np.reshape(table[t], (-1, 1)) for table in (
+        schedule.alpha_bar, schedule.one_minus_alpha_bar))
+    # −½‖x_t − √ᾱ_t x_i‖² without ‖x_t‖², which no w_i depends on
+    log_w = (sqrt(alpha_bar) * (x @ x_i.T) - alpha_bar * np.sum(x_i ** 2, axis=1) / 2) / variance
+    w = np.exp(log_w - log_w.max(axis=1, keepdims=True))
+    return ((w @ x_i) / w.sum(axis=1, keepdims=True)).reshape(x_t.shape)
+
+
+# ── A digit, there and back; and what the perfect network draws ───────────────────────────────────
+
+def walk_back():
     """Document V's example: a digit walked back from x_T, x_0 given, and how A1 and A2 change."""
     from support.images import image_grid, load, to_bytes, to_pixels, write_png
 
     x0 = to_pixels(load()[0][7])
     schedule, rng = linear(), np.random.default_rng(0)
-    shown = [1000, 800, 600, 462, 400, 300, 200, 100, 50, 20, 10, 3, 2, 1]
+    shown = [601, 401, 201, 101, 51, 21, 11, 3, 1]
     x_t = draw(*q_marginal(x0, schedule.T, schedule), rng.standard_normal(x0.shape))
     strip = [x_t]
 
@@ -244,12 +262,57 @@ def main():
           f"{A1(t, schedule).max():.5f} at t = {t[A1(t, schedule).argmax()]}, then falls to 0.")
     print("Far out the posterior trusts x_t; near the image it trusts x_0, "
           "and at t = 1 nothing else.")
-    write_png("out/posterior.png", image_grid(to_bytes(np.array(strip)), columns=len(strip)))
-    print("drawn: out/posterior.png, x_T to x_0; next: python train.py")
+    write_png("out/posterior.png", image_grid(to_bytes(np.array(strip)), len(strip),
+                                                captions=[schedule.T, *(t - 1 for t in shown)]))
+
+
+def draw_perfectly(steps: int = 50):
+    """The perfect network's digits, the training images nearest to them, and what the network that
+    ships makes of the same x_T, the same z and the same labels 0 .. 9.
+    """
+    import torch
+
+    from evaluate import nearest
+    from sample import SHIPPED, algorithm_2, on_device, sampler_step
+    from support.checkpoint import load_network
+    from support.config import Sampling
+    from support.drawing import image_noise
+    from support.images import image_grid, load, split, to_pictures, to_pixels, write_png
+
+    schedule, tau = respaced(linear(), times(1000, steps)), times(1000, steps)
+    images, labels = (split(array)[0] for array in load())
+    pixels = to_pixels(images.transpose(0, 3, 1, 2).astype(np.float64))
+    net, config = load_network(SHIPPED, torch.device("cpu"))
+
+    def perfect(x_t, t):
+        x_t = x_t.double().numpy()
+        x0 = np.stack([best_x0(x_t[c:c + 1], t, pixels[labels == c], schedule)[0]
+                       for c in range(10)])
+        return torch.from_numpy(eps_from_x0(x_t, t, x0, schedule)).float()
+
+    @torch.no_grad()
+    def ours(x_t, t):
+        return net(x_t, torch.full((10,), int(tau[t])), torch.arange(10))
+
+    print("\nDrawn from the same x_T: distance to the nearest of all training images, RMS per pixel")
+    rows = []
+    for name, eps_theta in (("perfect", perfect), ("ours", ours)):
+        step = sampler_step(eps_theta, on_device(schedule, "cpu"), Sampling())
+        *_, x0 = algorithm_2(step, steps, image_noise(0, range(10), config.image_shape, "cpu"))
+        drawn = to_pictures(x0)
+        distance, index = nearest(drawn, images)
+        print(f"{name:8}" + "".join(f"{d:8.3f}" for d in distance))
+        rows += [drawn, images[index]]
+    write_png("out/perfect.png", image_grid(np.concatenate(rows[:3]), columns=10))
+
+
+def main():
+    from support.console import one_line_errors
+    with one_line_errors():
+        walk_back()
+        draw_perfectly()
+        print("drawn: out/posterior.png, x_T to x_0; out/perfect.png; next: python train.py")
 
 
 if __name__ == "__main__":
-    from support.console import one_line_errors
-
-    with one_line_errors():
-        main()
+    main()

@@ -6,20 +6,18 @@ test_math.py holds every step against the NumPy reference.
 `python sample.py` draws a sheet of digits from your last checkpoint, or from the one that ships.
 """
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import ddpm
-from ddpm import Schedule
+from ddpm import Schedule, cosine, linear, respaced, snr, times
 from support.checkpoint import load_network
 from support.config import DIGITS, Config, Sampling, add_options, given
 from support.console import Parser, one_line_errors
 from support.devices import autocast, choose_device
-from support.drawing import (COMPLETIONS, collect, completion_rows, image_noise, labels_for,
-                             projection)
-from support.images import atomic_write, held_out_images, to_batch, to_pictures, write_images
+from support.drawing import draw_all, image_noise, projection
 from unet import UNet
 
 LAST, SHIPPED = Path("out/checkpoint.pt"), DIGITS.with_name("digits.pt")
@@ -72,11 +70,11 @@ def algorithm_2(step: Callable, T: int, noise: Callable) -> Iterator[Tensor]:
         yield x_t                                               # 5: end for, 6: return x_0
 
 
-def sampler_step(eps_theta: Callable, schedule: Schedule, sampling: Sampling) -> Callable:
+def sampler_step(eps_theta, schedule, sampling, watch=lambda x0: None) -> Callable:
     """step(x_t, t, z) → x_{t−1}, for one walk: ε_θ(x_t, t), then one of the three steps below.
 
     clip: x̂_0 is clamped to [-1, 1] and ε_θ recomputed from it, so that Ho (11) uses it too.
-    Algorithm 2 has no such line; its authors' code has.
+    Algorithm 2 has no such line; its authors' code has.  watch: sees each x̂_0.
     """
     x0_prev = None
 
@@ -87,6 +85,7 @@ def sampler_step(eps_theta: Callable, schedule: Schedule, sampling: Sampling) ->
         if sampling.clip:
             x0 = x0.clamp(-1, 1)
             eps = eps_from_x0(x_t, t, x0, schedule)
+        watch(x0)
         if sampling.sampler == "ddpm":
             return ddpm_step(x_t, t, eps, z, schedule, sampling.variance)
         # completion changes x_{t−1} after the step, so x0_prev is not of this path: no dpm_step
@@ -146,7 +145,7 @@ def dpm_step(x_t, t, x0, x0_prev, z, schedule, eta=0.0):
 def guided(net: Callable, x_t: Tensor, t: Tensor, label: Tensor, scale: float, null: int) -> Tensor:
     """ε = ε_null + s (ε_label − ε_null)               CFG: Ho and Salimans (2022), arXiv:2207.12598
 
-    s = 0 ignores the label, s = 1 is plain conditional, more insists: s = 1 + w of their (6).
+    s = 0 ignores the label, s = 1 follows it, s > 1 exaggerates it: s = 1 + w of their (6).
     """
     nothing = torch.full_like(label, null)
     if scale in (0, 1):
@@ -163,8 +162,7 @@ def completed(step: Callable, known: Tensor, project: Callable, schedule: Schedu
     P = `project` is what is known: some pixels (RePaint: Lugmayr et al. 2022, arXiv:2201.09865), or
     means over blocks (ILVR: Choi et al. 2021, arXiv:2108.02938).  The rest comes from `step`.
     resample > 1 goes back to x_t by Ho (2) and steps again, so that known and drawn parts agree:
-    RePaint's Algorithm 1.  That prints ᾱ_t and 1 − ᾱ_t in line 5 and β_{t−1} in line 10; here they
-    are ᾱ_{t−1}, √(1−ᾱ_{t−1}) and β_t.
+    RePaint's Algorithm 1, jump length 1, with ᾱ_{t−1}, √(1−ᾱ_{t−1}) in line 5 and β_t in line 10.
     """
     def complete(x_t, t, z):
         for u in range(1, resample + 1):
@@ -180,20 +178,20 @@ def completed(step: Callable, known: Tensor, project: Callable, schedule: Schedu
 # ── Whole images ──────────────────────────────────────────────────────────────────────────────────
 
 def schedule_from(config: Config) -> Schedule:
-    return (ddpm.cosine(config.T) if config.schedule == "cosine"
-            else ddpm.linear(config.T, config.beta_1, config.beta_T))
+    return (cosine(config.T) if config.schedule == "cosine"
+            else linear(config.T, config.beta_1, config.beta_T))
 
 
 @torch.no_grad()
-def generate(net: UNet, config: Config, sampling: Sampling, indices: range,
-             label: Tensor | None = None, known: Tensor | None = None) -> Iterator[Tensor]:
+def generate(net: UNet, config: Config, sampling: Sampling, indices: range, label=None, known=None,
+             watch=lambda x0: None) -> Iterator[Tensor]:
     """Walk the images `indices` from x_T to x_0; yields each x_t (B, C, H, W)           Algorithm 2
 
-    label: (B,), a class each.  known: (B, C, H, W), of which `sampling.keep` is kept.
+    label: (B,).  known: (B, C, H, W), of which `sampling.keep` is kept.  watch: sees each x̂_0.
     """
     device, full = next(net.parameters()).device, schedule_from(config)
-    tau = ddpm.times(full.T, sampling.calls(full.T))      # step t of the walk is at tau[t] of 1..T
-    schedule = on_device(ddpm.respaced(full, tau), device)
+    tau = times(full.T, sampling.calls(full.T))           # step t of the walk is at tau[t] of 1..T
+    schedule = on_device(respaced(full, tau), device)
     noise = image_noise(sampling.seed, indices, config.image_shape, device)
 
     def eps_theta(x_t, t):
@@ -204,7 +202,7 @@ def generate(net: UNet, config: Config, sampling: Sampling, indices: range,
                 return net(x_t, time)
             return guided(net, x_t, time, label, sampling.guidance, config.num_classes)
 
-    step = sampler_step(eps_theta, schedule, sampling)
+    step = sampler_step(eps_theta, schedule, sampling, watch)
     if sampling.keep:
         project = projection(sampling.keep, *known.shape[2:])
         step = completed(step, known, project, schedule, noise, sampling.resample)
@@ -212,42 +210,19 @@ def generate(net: UNet, config: Config, sampling: Sampling, indices: range,
 
 
 def arguments() -> Parser:
-    parser = Parser(description="Draw images from a trained network.")
-    add_options(parser, Sampling)
-    return parser
+    return add_options(Parser(description="Draw images from a trained network."), Sampling)
 
 
 def main():
     with one_line_errors():
         sampling = Sampling(**given(arguments().parse_args(), Sampling))
-        out, device = Path(sampling.out), choose_device(sampling.device)
+        device = choose_device(sampling.device)
         path = sampling.weights or (LAST if LAST.exists() else SHIPPED)
         net, config = load_network(path, device)
-        steps, known = sampling.calls(config.T), None
-        total = sampling.n or (8 if sampling.keep else 100)
-        if sampling.keep:
-            originals, _ = held_out_images(sampling.data, config, least=total, most=total)
-            known = to_batch(torch.from_numpy(originals).to(device))
-            kept = to_pictures(projection(sampling.keep, *known.shape[2:])(known))
-            known, total = known.repeat_interleave(COMPLETIONS, 0), COMPLETIONS * total
-        labels = labels_for(sampling, config.num_classes, total)
-        print(f"{path} on {device}: {sampling.sampler}, {steps} steps")
-
-        def walk(part):
-            label = None if labels is None else torch.from_numpy(labels[part]).to(device)
-            return generate(net, config, sampling, range(total)[part], label,
-                            None if known is None else known[part])
-        shown = [steps]
-        if sampling.animate:
-            shown = [*range(0, steps, max(1, steps // 40)), steps]
-        with atomic_write(out) as file:
-            frames = collect(walk, total, sampling.batch, steps, shown)
-            columns = total // config.num_classes if sampling.label == "all" else None
-            if sampling.keep and out.suffix == ".png":
-                frames = [completion_rows(originals, kept, frame) for frame in frames]
-                columns = 2 + COMPLETIONS
-            write_images(file, out, frames, columns, labels)
-        print(f"drawn: {out}")
+        tau = times(config.T, sampling.calls(config.T))[::-1]               # of x_T, …, x_0
+        print(f"{path} on {device}: {sampling.sampler}, {len(tau) - 1} steps")
+        draw_all(partial(generate, net, config, sampling), sampling, config, device, tau,
+                 snr(tau[:-1], schedule_from(config)))
 
 
 if __name__ == "__main__":

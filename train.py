@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import evaluate
 import posterior
@@ -31,8 +30,8 @@ RESIDENT = 1 << 30     # bytes: a smaller data set moves to the device as a whol
 # ── Algorithm 1 ───────────────────────────────────────────────────────────────────────────────────
 
 def algorithm_1(eps_theta: Callable, next_batch: Callable, schedule: Schedule,
-                noise: SharedGenerator, descend: Callable) -> Iterator[Tensor]:
-    """Yields the loss of every step; the caller decides when to stop                    Algorithm 1
+                noise: SharedGenerator, descend: Callable) -> Iterator[tuple]:
+    """Yields t and the loss of each image, step by step; the caller stops               Algorithm 1
 
     eps_theta(x_t, t, label) → ε;  next_batch() → (x_0, label);  descend(loss): a gradient step, and
     all that follows from it.
@@ -42,18 +41,19 @@ def algorithm_1(eps_theta: Callable, next_batch: Callable, schedule: Schedule,
         t = stratified_t(len(x0), schedule.T, noise)                 # 3:   t ~ Uniform({1, …, T})
         eps = noise.standard_normal(x0.shape)                        # 4:   ε ~ N(0, I)
         loss = l_simple(eps_theta, x0, t, eps, label, schedule)      # 5:   gradient step on
-        descend(loss)                                                #        ∇_θ ‖ε − ε_θ(x_t, t)‖²
-        yield loss.detach()                                          # 6: until converged
+        descend(loss.mean())                                         #        ∇_θ ‖ε − ε_θ(x_t, t)‖²
+        yield t, loss.detach()                                       # 6: until converged
 
 
 def l_simple(eps_theta: Callable, x0: Tensor, t: Tensor, eps: Tensor, label: Tensor | None,
              schedule: Schedule) -> Tensor:
     """L_simple = ‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖²                               Ho (14), N6, N7
 
-    Mean over pixels and images.  x0, eps: (B, C, H, W);  t: (B,), in 1..T;  label: (B,) or None.
+    Of each image (B,), the mean over its pixels.  x0, eps: (B, C, H, W);  t: (B,), in 1..T;
+    label: (B,) or None.
     """
     x_t = q_sample(x0, t, eps, schedule)
-    return F.mse_loss(eps_theta(x_t, t, label), eps)
+    return (eps - eps_theta(x_t, t, label)).square().mean((1, 2, 3))
 
 
 def stratified_t(count: int, T: int, noise: SharedGenerator) -> Tensor:
@@ -145,8 +145,8 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, compile: bool
     steps, signals, recent = run.config.steps, stop_signals(), []
     progress = Progress(steps, run.step, run.config.batch)
     every = LOOK * max(1, min(steps // 5, 5000) // LOOK)            # steps between two checkpoints
-    for loss in losses(run, images, labels, compile):
-        recent.append(loss)
+    for t_and_loss in losses(run, images, labels, compile):
+        recent.append(t_and_loss)
         done = run.step == steps
         if run.step % LOOK and not done:
             continue
@@ -155,14 +155,14 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, compile: bool
             progress(run.step, f"step {run.step} of {steps} · loss {run.log[-1][1]:.4f}")
         recent.clear()
         # a signal to one process stops all, at the same step
-        stop = over_all(max(signals, default=0), run.device, largest=True)
+        stop = int(over_all(max(signals, default=0), run.device, largest=True))
         checkpoint = run.step % every == 0
         if done or (checkpoint and not stop):
-            draw_samples(run, "samples.png" if done else f"step-{run.step:06}.png")
+            draw_samples(run, f"step-{run.step:06}.png")
         if done or checkpoint or stop:
             run.save()
         if done or stop:
-            return 0 if done else int(stop)
+            return 0 if done else stop
 
 
 def draw_samples(run: Run, name: str):
@@ -175,8 +175,8 @@ def draw_samples(run: Run, name: str):
         write_png(run.folder / name, image_grid(to_pictures(x0), columns=10))
 
 
-def announce(run: Run, images: np.ndarray, held_out: np.ndarray):
-    """What is about to happen, and what loss to expect."""
+def announce(run: Run, images: np.ndarray, held_out: np.ndarray, least: np.ndarray):
+    """What is about to happen, and what loss to expect.  least: by quarter of t."""
     config, schedule, world = run.config, schedule_from(run.config), run.world
     x0 = to_pixels(np.array(images[:1000], dtype=np.float64))
     l_T = posterior.bits_per_dim(posterior.L_T(x0, schedule))
@@ -187,15 +187,13 @@ def announce(run: Run, images: np.ndarray, held_out: np.ndarray):
           f"{len(held_out)} held out, {config.num_classes or 'no'} labels")
     print(f"network   {parameters(run.net):,} parameters")
     print(f"schedule  {config.schedule}, T = {schedule.T}: L_T = {l_T:.3g} bits/dim ({noise})")
-    print(f"loss      1 knows nothing (ε_θ = 0); {schedule.alpha_bar[1:].mean():.4f} is the best "
-          "possible for N(0, 1)\n          pixels; images go below that, but not to 0\n")
+    print(f"loss      1 knows nothing (ε_θ = 0); {np.nanmean(least):.4f} is the least possible on "
+          "these images,\n          of a network that draws nothing but copies of them\n")
 
 
 def arguments() -> Parser:
     parser = Parser(description="Train a denoising diffusion model; without options, on digits.")
-    add_options(parser, Session)
-    add_options(parser, Config)
-    return parser
+    return add_options(add_options(parser, Session), Config)
 
 
 @one_line_errors()
@@ -208,7 +206,8 @@ def main():
     device = start_processes(session.device, session.deterministic)
     run, images, labels, held_out = open_run(out, device, named, session.resume)
     if run.rank == 0:
-        announce(run, images, held_out)
+        least = evaluate.least_loss(images, labels, run.config)
+        announce(run, images, held_out, least)
         run.write_log()                  # fails now if the folder cannot be written
     stopped = train(run, images, labels, session.compile)
     if run.rank == 0 and stopped:
@@ -216,8 +215,12 @@ def main():
               f"to go on: python train.py --resume --out {out}")
     elif run.rank == 0:
         how = "--sampler dpm --guidance 2" if run.config.num_classes else "--sampler dpm"
-        print(f"\n{chart(run.log)}\n\n"
-              f"drawn: {out / 'samples.png'}; beside it: checkpoint.pt, log.csv, network.pt\n"
+        recent = np.array(run.log[-max(1, len(run.log) // 10):])[:, 2:]
+        recent = np.ma.masked_invalid(recent).mean(axis=0).filled(np.nan)
+        told = ", ".join(f"{loss:.4f} ({floor:.4f})" for loss, floor in zip(recent, least))
+        print(f"\n{chart(run.log)}\n\nloss by quarter of t (least possible): {told}\n"
+              f"drawn: {out}/step-{run.step:06}.png\n"
+              "beside it: checkpoint.pt, log.csv, network.pt\n"
               f"next: python sample.py --weights {out / 'checkpoint.pt'} {how}")
     raise SystemExit(128 + stopped if stopped else 0)
 

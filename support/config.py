@@ -130,10 +130,10 @@ class Sampling:
     eta: float | None = setting(None, "noise of ddim (0) and dpm (1): 0 (none) .. 1 (as ddpm)",
                                 0.0, 1.0, kind=float)
     clip: bool = setting(True, "keep the predicted x0 in [-1, 1]")
-    label: str | None = setting(None, "a class, 'all': a row each, or 'none'; default: random, "
+    label: str | None = setting(None, "a class, 'all': a column each, or 'none'; default: random, "
                                 "with --keep none", 1, 64, kind=str)
-    guidance: float = setting(1.0, "0 ignores the label, 1 follows it, more insists; this is 1 + w "
-                              "of the paper", 0.0, 100.0)
+    guidance: float = setting(1.0, "s: 0 ignores the label, 1 follows it, more follows it more "
+                              "strongly; s is 1 + w of Ho and Salimans", 0.0, 100.0)
     keep: str | None = setting(None, "complete images of which half, the centre or the means over "
                                "4 x 4 pixels are kept", kind=str,
                                choices=("left", "right", "top", "bottom", "centre", "coarse"))
@@ -186,7 +186,7 @@ class Session:
     compile: bool = setting(False, "torch.compile: slow to start, then faster")
 
 
-def add_options(parser: ArgumentParser, settings, *names: str):
+def add_options(parser: ArgumentParser, settings, *names: str) -> ArgumentParser:
     """An option for each setting that has help, or for those named.  settings: a class of them, or
     an instance with other defaults.
     """
@@ -204,6 +204,7 @@ def add_options(parser: ArgumentParser, settings, *names: str):
             how["nargs"] = "+"
         parser.add_argument(flag(rule.name), dest=rule.name, default=SUPPRESS, **how, help=(
             rule.metadata["help"] + (f" ({shown})" if shown is not None else "")))
+    return parser
 
 
 def value_of(kind: type) -> Callable:

@@ -110,7 +110,7 @@ def stop_signals() -> list[int]:
 
 def chart(log: list, width: int = 72, height: int = 8) -> str:
     """The loss along the run, in text; the scale is logarithmic."""
-    parts = np.array_split([loss for _, loss in log], min(width, len(log)))
+    parts = np.array_split([loss for _, loss, *_ in log], min(width, len(log)))
     y = np.log10([part.mean() for part in parts])
     marks = np.linspace(max(y.max(), y.min() + 1e-3), y.min(), height)
     row = np.abs(y - marks[:, None]).argmin(0)

@@ -70,13 +70,12 @@ def parallel(net: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(net) if dist.is_initialized() else net
 
 
-def over_all(value: float, device: torch.device, largest: bool = False) -> float:
-    """The mean of all processes' values, or the largest of them."""
-    if not dist.is_initialized():
-        return value
-    value = torch.tensor(float(value), device=device)
-    dist.all_reduce(value, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
-    return value.item() / (1 if largest else dist.get_world_size())
+def over_all(value, device: torch.device, largest: bool = False) -> Tensor:
+    """The sum of all processes' values, or the largest of them."""
+    value = torch.as_tensor(value, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(value, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+    return value
 
 
 class SharedGenerator:

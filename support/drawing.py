@@ -1,14 +1,16 @@
 """Many images at once: the noise and the label of each, what is kept of them, batch after batch."""
+from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from support.config import Sampling
+from support.config import Config, Sampling
 from support.console import Progress
-from support.images import to_pictures
+from support.images import atomic_write, held_out_images, to_batch, to_pictures, write_images
 
 COMPLETIONS = 4             # of each image, with --keep
 QUARTERS = {"left": (0, 4, 0, 2), "right": (0, 4, 2, 4), "top": (0, 2, 0, 4),
@@ -29,7 +31,7 @@ def image_noise(seed: int, indices: range, shape: tuple, device) -> Callable[[],
 
 
 def labels_for(sampling: Sampling, num_classes: int, total: int) -> np.ndarray | None:
-    """Each image's label: one class, a row per class, none, or one from its own stream.
+    """Each image's label: one class, a column per class, none, or one from its own stream.
 
     Raises ValueError for a label that the network does not know.
     """
@@ -41,7 +43,7 @@ def labels_for(sampling: Sampling, num_classes: int, total: int) -> np.ndarray |
     if label == "all":
         if total % num_classes:
             raise ValueError(f"-n must be a multiple of {num_classes} for --label all, not {total}")
-        return np.arange(total) * num_classes // total
+        return np.arange(total) % num_classes
     if label == "random":
         streams = (np.random.default_rng((sampling.seed, i, 1)) for i in range(total))
         return np.array([stream.integers(num_classes) for stream in streams])
@@ -65,24 +67,75 @@ def projection(keep: str, height: int, width: int) -> Callable[[Tensor], Tensor]
     return lambda x: mask.to(x) * x
 
 
+def even_frames(snr: np.ndarray, count: int = 40) -> list[int]:
+    """At most `count` steps of a walk, even in log-SNR, the first and the last among them.
+
+    snr: of x_T, x_{T−1}, …, x_1; that of x_0 is infinite.  Below 1e-5 all is noise.
+    """
+    log_snr = np.log(np.maximum(snr, 1e-5))
+    levels = np.linspace(log_snr[0], log_snr[-1], count)
+    return [*np.unique(np.searchsorted(log_snr, levels)).tolist(), len(snr)]
+
+
 def collect(walk: Callable[[slice], Iterator[Tensor]], total: int, batch: int, steps: int,
             shown: list[int]) -> list[np.ndarray]:
     """The images after each of the steps `shown`, (total, H, W, C) uint8, and how it goes.
 
     walk(part): the x_t of the images in that slice, x_T first.
     """
-    progress, frames = Progress(total), [[] for _ in shown]
+    progress, frames = Progress(total), {k: [] for k in shown}
     for first in range(0, total, batch):
         part = slice(first, min(first + batch, total))
         for k, x_t in enumerate(walk(part)):
             progress(first + (part.stop - first) * k / steps,
                      f"step {k} of {steps} · images {first + 1} to {part.stop} of {total}")
-            if k in shown:
-                frames[shown.index(k)].append(to_pictures(x_t))
+            if k in frames:
+                frames[k].append(to_pictures(x_t))
         if not torch.isfinite(x_t).all():
             raise ValueError("the walk led to pixels that are no numbers: are the weights sound? "
                              "else more --steps, or --sampler dpm")
-    return [np.concatenate(frame) for frame in frames]
+    return [np.concatenate(frame) for frame in frames.values()]
+
+
+def beside(x_t: Iterator[Tensor], predicted: deque) -> Iterator[Tensor]:
+    """Each x_t, and under it the latest x̂_0 that was predicted; grey, before there is one."""
+    for x in x_t:
+        yield torch.cat([x, predicted[-1] if predicted else torch.zeros_like(x)], dim=2)
+
+
+def draw_all(walk: Callable, sampling: Sampling, config: Config, device: torch.device,
+             times: np.ndarray, snr: np.ndarray):
+    """Draw all the images that `sampling` asks for, into its file.
+
+    walk: generate() of sample.py, for a part of the images.  times: t of x_T, …, x_0;  snr: their
+    signal-to-noise ratio, without that of x_0.
+    """
+    out, total, columns = Path(sampling.out), sampling.n or (8 if sampling.keep else 100), None
+    sheet, known, steps = out.suffix == ".png", None, len(snr)
+    if sampling.keep:
+        originals, _ = held_out_images(sampling.data, config, least=total, most=total)
+        known = to_batch(torch.from_numpy(originals).to(device))
+        kept = to_pictures(projection(sampling.keep, *known.shape[2:])(known))
+        known, total = known.repeat_interleave(COMPLETIONS, 0), COMPLETIONS * total
+    labels = labels_for(sampling, config.num_classes, total)
+    shown = even_frames(snr) if sampling.animate else [steps]
+
+    def part_of_walk(part):
+        label = None if labels is None else torch.from_numpy(labels[part]).to(device)
+        predicted = deque(maxlen=1)
+        x_t = walk(range(total)[part], label, None if known is None else known[part],
+                   predicted.append)
+        return beside(x_t, predicted) if sampling.animate and sheet and not sampling.keep else x_t
+
+    with atomic_write(out) as file:
+        frames = collect(part_of_walk, total, sampling.batch, steps, shown)
+        if sampling.label == "all":
+            columns = config.num_classes
+        if sampling.keep and sheet:
+            frames = [completion_rows(originals, kept, frame) for frame in frames]
+            columns = 2 + COMPLETIONS
+        write_images(file, out, frames, columns, labels, times[shown] if sampling.animate else None)
+    print(f"drawn: {out}")
 
 
 def completion_rows(*columns: np.ndarray) -> np.ndarray:

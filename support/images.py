@@ -17,6 +17,7 @@ import warnings
 import zipfile
 import zlib
 from argparse import SUPPRESS
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,9 +202,36 @@ def atomic_write(path: str | Path):
         raise
 
 
-def image_grid(images: np.ndarray, columns: int, zoom: int = 2, gap: int = 2) -> np.ndarray:
-    """N images (N, H, W) or (N, H, W, C) as one picture, in rows, each pixel zoom x zoom large."""
-    images = images.reshape(*images.shape[:3], -1).repeat(zoom, axis=1).repeat(zoom, axis=2)
+FONT = np.array([list(row) for row in (                 # the ten digits, 6 x 7 pixels each
+    ".###....#....###..#####....#..#####...##..#####..###...###..",
+    "#...#..##...#...#....#....##..#......#........#.#...#.#...#.",
+    "#...#...#.......#...#....#.#..####..#........#..#...#.#...#.",
+    "#...#...#......#.....#..#..#......#.####....#....###...####.",
+    "#...#...#.....#.......#.#####.....#.#...#..#....#...#.....#.",
+    "#...#...#....#....#...#....#..#...#.#...#..#....#...#....#..",
+    ".###...###..#####..###.....#...###...###...#.....###...##...")]) == "#"
+
+
+def caption(number: int, width: int) -> np.ndarray:
+    """`number` in the middle of a grey strip of 9 x width pixels, to stand above an image."""
+    text = np.hstack([FONT[:, 6 * int(digit):6 * int(digit) + 6] for digit in str(number)])
+    strip = np.full((9, width), 128, np.uint8)
+    left = max(0, (width - text.shape[1] + 1) // 2)
+    strip[1:8, left:left + text.shape[1]][text[:, :width]] = 255
+    return strip
+
+
+def image_grid(images: np.ndarray, columns: int, zoom: int = 2, gap: int = 2,
+               captions: Sequence[int] | None = None) -> np.ndarray:
+    """N images (N, H, W) or (N, H, W, C) as one picture, in rows, each pixel zoom x zoom large.
+
+    captions: a number to stand above each image, its t for instance.
+    """
+    images = images.reshape(*images.shape[:3], -1)
+    if captions is not None:
+        strips = np.stack([caption(number, images.shape[2]) for number in captions])[..., None]
+        images = np.concatenate([strips.repeat(images.shape[3], axis=3), images], axis=1)
+    images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
     n, h, w, c = images.shape
     rows = -(-n // columns)
     page = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), 128, np.uint8)
@@ -216,7 +244,8 @@ def image_grid(images: np.ndarray, columns: int, zoom: int = 2, gap: int = 2) ->
 def encode_png(frames: list[np.ndarray], seconds: float = 0.1) -> bytes:
     """A PNG of one uint8 image H x W (x 1 or 3), or an animated PNG of several.  (W3C PNG, 3rd ed.)
 
-    The last frame of an animation stays for two seconds before it begins again.
+    The last frame is what a viewer without animation shows; in an animation it stays for two
+    seconds before it begins again.
     """
     def chunk(name, *parts):
         body = name + b"".join(parts)
@@ -224,18 +253,17 @@ def encode_png(frames: list[np.ndarray], seconds: float = 0.1) -> bytes:
 
     height, width = frames[0].shape[:2]
     colour = 2 if frames[0].size == 3 * height * width else 0
+    packed = [zlib.compress(np.insert(frame.reshape(height, -1), 0, 0, axis=1).tobytes(), 9)
+              for frame in frames]
     chunks = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))]
     if len(frames) > 1:
         chunks.append(chunk(b"acTL", struct.pack(">II", len(frames), 0)))
-    order = iter(range(2 * len(frames)))             # fcTL and fdAT chunks are counted together
-    for k, frame in enumerate(frames):
-        pixels = zlib.compress(np.insert(frame.reshape(height, -1), 0, 0, axis=1).tobytes(), 9)
-        if len(frames) > 1:
-            pause = round(1000 * (seconds if k + 1 < len(frames) else 2))
-            chunks.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", next(order), width, height, 0, 0,
-                                                     pause, 1000, 0, 0)))
-        chunks.append(chunk(b"fdAT", struct.pack(">I", next(order)), pixels) if k
-                      else chunk(b"IDAT", pixels))
+    chunks.append(chunk(b"IDAT", packed[-1]))
+    for k, pixels in enumerate(packed if len(frames) > 1 else []):
+        pause = round(1000 * (seconds if k + 1 < len(frames) else 2))
+        chunks.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", 2 * k, width, height, 0, 0,
+                                                 pause, 1000, 0, 0)))
+        chunks.append(chunk(b"fdAT", struct.pack(">I", 2 * k + 1), pixels))
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND")
 
 
@@ -245,14 +273,17 @@ def write_png(path: str | Path, *frames: np.ndarray):
 
 
 def write_images(file, path: Path, frames: list[np.ndarray], columns: int | None = None,
-                 labels: np.ndarray | None = None):
+                 labels: np.ndarray | None = None, times: Sequence[int] | None = None):
     """.png: a sheet of the images (N, H, W, C) of each frame; .npz: those of the last, and labels.
 
-    columns: of the sheet; None makes it a square.
+    columns: of the sheet; None makes it a square.  times: a t for each frame, above its images.
     """
     if path.suffix == ".png":
-        columns = columns or math.ceil(math.sqrt(len(frames[0])))
-        return file.write(encode_png([image_grid(frame, columns) for frame in frames]))
+        n = len(frames[0])
+        columns = columns or math.ceil(math.sqrt(n))
+        captions = [None] * len(frames) if times is None else [[t] * n for t in times]
+        return file.write(encode_png([image_grid(frame, columns, captions=above)
+                                      for frame, above in zip(frames, captions)]))
     images = frames[-1][..., 0] if frames[-1].shape[3] == 1 else frames[-1]
     np.savez_compressed(file, images=images, **({} if labels is None else dict(labels=labels)))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from support.checkpoint import copied, load_network, read
 from support.config import DIGITS, PRESETS, Config, flag
@@ -29,14 +30,20 @@ class Run:
         self.data_rng = SharedGenerator(config.seed, "cpu", self.rank, self.world)   # on the host
         self.noise_rng = SharedGenerator(config.seed + 1, device, self.rank, self.world)
         self.step = self.saved = 0              # saved: the step of the last checkpoint
-        self.log = []                           # (step, mean loss since the entry before)
+        self.log = []         # (step, mean loss since the entry before, and by quarter of t)
 
-    def log_loss(self, losses: list[Tensor]):
-        """The mean of the losses since the last entry.  Raises ValueError if it is no number."""
-        mean = over_all(torch.stack(losses).mean().item(), self.device)
+    def log_loss(self, recent: list[tuple[Tensor, Tensor]]):
+        """The mean loss of the pairs (t, loss of each image) since the last entry, of all and of
+        each quarter of 1..T.  Raises ValueError if it is no number.
+        """
+        t, loss = (torch.cat(part) for part in zip(*recent))
+        quarter = F.one_hot((t - 1) * 4 // self.config.T, 4).float()
+        total, count = over_all(torch.stack([loss @ quarter, quarter.sum(0)]), self.device).tolist()
+        mean = sum(total) / sum(count)
         if not np.isfinite(mean):
             raise ValueError(f"the loss is {mean} at step {self.step}; {self.last_good()}")
-        self.log.append((self.step, mean))
+        parts = (part / n if n else np.nan for part, n in zip(total, count))
+        self.log.append((self.step, mean, *parts))
 
     def last_good(self) -> str:
         path = self.folder / "checkpoint.pt"
@@ -62,10 +69,10 @@ class Run:
             p.grad = torch.zeros_like(p)             # state takes its shape, and nothing moves
         for optimizer in self.optimizers:
             optimizer.step()
-        good = copied(self.state() | dict(log=[(0, 0.0)]), found, "the run")
-        steps = [0, *(step for step, _ in good["log"])]
+        good = copied(self.state() | dict(log=[(0,) + 5 * (0.0,)]), found, "the run")
+        steps = [0, *(step for step, *_ in good["log"])]
         if not (steps == sorted(set(steps)) and steps[-1] <= good["step"] <= 10**9
-                and all(0 < loss < np.inf for _, loss in good["log"])):
+                and all(0 < loss < np.inf for _, loss, *_ in good["log"])):
             raise ValueError("its log is not that of its steps")
         self.net.load_state_dict(good["net"])
         self.ema.load_state_dict(good["ema"])
@@ -95,8 +102,9 @@ class Run:
         self.saved = self.step
 
     def write_log(self):
-        rows = "".join(f"{step},{loss!r}\n" for step, loss in self.log)
-        self.write("log.csv", f"step,loss\n{rows}".encode())
+        rows = "".join(",".join(map(repr, row)) + "\n" for row in self.log)
+        header = "step,loss,loss_t1,loss_t2,loss_t3,loss_t4"            # t1: the first quarter of t
+        self.write("log.csv", f"{header}\n{rows}".encode())
 
     def write(self, name: str, content: bytes | dict):
         if self.rank == 0:
