@@ -57,9 +57,9 @@ def one_line_errors():
         except ValueError as error:
             refuse(error)
         except (MemoryError, RuntimeError) as error:           # torch has a RuntimeError for it
-            if not re.search("alloc|out of memory", text := str(error).lower() or "alloc"):
+            if not isinstance(error, MemoryError) and not re.search(r"alloc|out of mem", str(error)):
                 raise
-            size = re.search(r"allocate ([\d.]+ \w+)", text)
+            size = re.search(r"allocate ([\d.]+ \w+)", str(error))
             refuse(f"not enough memory{f' for {size[1]} more' if size else ''}: less of it is needed "
                    "with a smaller --batch, smaller images or a smaller network")
         except KeyboardInterrupt:
