@@ -19,7 +19,6 @@ from support.config import Config
 from support.images import parsing
 from unet import UNet, parameters
 
-SETTINGS = [f.name for f in fields(Config)]
 PUBLISHED = "diffusion_pytorch_model.bin"
 # What torch.save names for plain tensors and dictionaries; all else could build anything.
 NAMED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2",
@@ -85,7 +84,7 @@ def load_network(path: str | Path, device: torch.device) -> tuple[UNet, Config]:
     found = read(path, "a published network" if published else "a checkpoint of train.py")
     with parsing(path, "a network that can be built"):
         if not published:
-            if not isinstance(found.get("config"), dict) or {*found["config"]} != {*SETTINGS}:
+            if {*found.get("config", ())} != {f.name for f in fields(Config)}:
                 raise ValueError("its settings are not those of this version")
             config, found = Config(**found["config"]), found.get("ema")
         with torch.device("meta"):    # shapes only: nothing is allocated before it has been checked

@@ -3,22 +3,23 @@
 A setting without help is no option: it follows from the data.  To compute something else than the
 presets do, write another one below, or name the fields that differ on the command line.
 """
+import math
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 DIGITS = Path(__file__).resolve().parents[1] / "assets" / "digits.npz"
 
 
-def setting(default, help="", low=None, high=None, choices=None, kind=None):
+KINDS = {int: "a whole number,", float: "a number,", str: "text of length", bool: "a bool,"}
+
+
+def setting(default, help="", low=False, high=True, choices=None, kind=None):
     """A field: low .. high bound a number, each of several numbers, or the length of a text."""
     kind = kind or type(default[0] if isinstance(default, tuple) else default)
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices,
                                                 kind=kind))
-
-
-KINDS = {int: "a whole number,", float: "a number,", str: "text of length"}
 
 
 def flag(name: str) -> str:
@@ -30,14 +31,13 @@ def check(rule, value):
     kind, low, high, choices = map(rule.metadata.get, ("kind", "low", "high", "choices"))
     parts = value if isinstance(rule.default, tuple) else (value,)
     fits = type(parts) is tuple and 1 <= len(parts) <= 16 and all(
-        type(part) is kind and (choices is None or part in choices)
-        and (low is None or low <= (len(part) if kind is str else part) <= high) for part in parts)
+        type(part) is kind and (part in choices if choices else
+                                low <= (len(part) if kind is str else part) <= high)
+        for part in parts)
     if not fits and not (value is None and rule.default is None):
-        wanted = (f"one of {', '.join(choices)}" if choices else kind.__name__ if low is None
-                  else f"{KINDS[kind]} {low} .. {high}")
-        shown = f"{value!r:.40}" if all(type(part) in (bool, int, float, str) for part in (
-            value if type(value) is tuple else (value,))) else type(value).__name__
-        raise ValueError(f"{flag(rule.name)} must be {wanted}, not {shown}")
+        wanted = f"one of {', '.join(choices)}" if choices else f"{KINDS[kind]} {low} .. {high}"
+        shown = " ".join(repr(value).split())               # a tensor in a file has several lines
+        raise ValueError(f"{flag(rule.name)} must be {wanted}, not {shown:.40}")
 
 
 DEVICE = setting(None, "cuda, mps or cpu; default: the best one here", 1, 64, kind=str)
@@ -92,19 +92,15 @@ class Config:
             raise ValueError("--beta-1 and --beta-T belong to --schedule linear")
         if len(self.image_shape) != 3 or self.image_shape[0] not in (1, 3):
             raise ValueError(f"images are 1 or 3 channels, height, width, not {self.image_shape}")
-        weights, work = self.size()
-        if max(weights / 1e9, work / 1e12) > 1:
-            raise ValueError(f"images of {self.image_shape[1]}x{self.image_shape[2]}: a network of "
-                             f"some {weights:.0e} weights, {work:.0e} multiplications an image and "
-                             "step, is beyond the limits of 1e9 and 1e12: smaller images, a larger "
-                             "--patch-size or fewer --model-channels")
-
-    def size(self) -> tuple[float, float]:
-        """About how many weights the network has, and multiplications for one image."""
-        pixels = self.image_shape[1] * self.image_shape[2] / self.patch_size ** 2
-        levels = [27 * (2 * self.num_res_blocks + 1) * (mult * self.model_channels) ** 2
-                  for mult in self.channel_mult]                # two 3 x 3 and the skips, a block
-        return sum(levels), sum(c * pixels / 4 ** level for level, c in enumerate(levels))
+        c = [27 * (2 * self.num_res_blocks + 1) * (mult * self.model_channels) ** 2
+             for mult in self.channel_mult]         # weights of a level: two 3 x 3 a block, skips
+        area = math.prod(self.image_shape[1:]) / self.patch_size ** 2
+        work = sum(weights * area / 4 ** level for level, weights in enumerate(c))
+        if sum(c) > 1e9 or work > 1e12:
+            raise ValueError("images of {1} x {2}: some {3:.0e} weights and {4:.0e} multiplications "
+                             "an image and step are beyond 1e9 or 1e12: smaller images, a larger "
+                             "--patch-size, fewer --model-channels".format(
+                                 *self.image_shape, sum(c), work))
 
 
 PRESETS = {
@@ -193,34 +189,30 @@ def add_options(parser: ArgumentParser, settings, *names: str) -> ArgumentParser
     for rule in fields(settings):
         if not rule.metadata["help"] or names and rule.name not in names:
             continue
-        shown, kind = getattr(settings, rule.name), rule.metadata["kind"]
+        kind, choices, shown = (rule.metadata["kind"], rule.metadata["choices"],
+                                getattr(settings, rule.name))
+        how = dict(action=BooleanOptionalAction) if kind is bool else dict(
+            type=partial(value_of, kind), metavar=choices and f"{{{','.join(choices)}}}",
+            nargs="+" if isinstance(shown, tuple) else None)
         shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else shown
-        how = dict(type=value_of(kind))
-        if rule.metadata["choices"]:
-            how["metavar"] = f"{{{','.join(rule.metadata['choices'])}}}"
-        if kind is bool:
-            how = dict(action=BooleanOptionalAction)
-        elif isinstance(rule.default, tuple):
-            how["nargs"] = "+"
-        parser.add_argument(flag(rule.name), dest=rule.name, default=SUPPRESS, **how, help=(
+        parser.add_argument(flag(rule.name), default=SUPPRESS, **how, help=(
             rule.metadata["help"] + (f" ({shown})" if shown is not None else "")))
     return parser
 
 
-def value_of(kind: type) -> Callable:
-    """text → the value; text that is none stays what it is, for `check` to refuse by its name."""
-    def convert(text):
-        try:
-            return kind(text) if "_" not in text else text        # int() would take 1_000
-        except ValueError:
-            return text
-    return convert
+def value_of(kind: type, text: str):
+    """The value; text that is none stays what it is, for `check` to refuse it by its option."""
+    try:
+        return kind(text) if "_" not in text else text            # int() would take 1_000
+    except ValueError:
+        return text
 
 
 def given(args, settings) -> dict:
     """The settings that were named on the command line, checked."""
-    named = {f: getattr(args, f.name) for f in fields(settings) if hasattr(args, f.name)}
-    named = {f: tuple(value) if isinstance(value, list) else value for f, value in named.items()}
-    for rule, value in named.items():
-        check(rule, value)
-    return {rule.name: value for rule, value in named.items()}
+    named = {}
+    for rule in (f for f in fields(settings) if hasattr(args, f.name)):
+        value = getattr(args, rule.name)
+        named[rule.name] = tuple(value) if isinstance(value, list) else value
+        check(rule, named[rule.name])
+    return named

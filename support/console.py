@@ -52,16 +52,15 @@ def one_line_errors():
           contextlib.redirect_stderr(Output(sys.stderr, "backslashreplace"))):
         try:
             yield
-        except OSError as error:
-            refuse(f"{error.filename}: {error.strerror}" if error.filename else error)
-        except ValueError as error:
-            refuse(error)
+        except (OSError, ValueError) as error:
+            name = getattr(error, "filename", None)
+            refuse(f"{name}: {error.strerror}" if name else error)
         except (MemoryError, RuntimeError) as error:           # torch has a RuntimeError for it
-            if not isinstance(error, MemoryError) and not re.search(r"alloc|out of mem", str(error)):
+            if isinstance(error, RuntimeError) and not re.search("alloc|of memory", str(error)):
                 raise
             size = re.search(r"allocate ([\d.]+ \w+)", str(error))
-            refuse(f"not enough memory{f' for {size[1]} more' if size else ''}: less of it is needed "
-                   "with a smaller --batch, smaller images or a smaller network")
+            refuse(f"not enough memory{f' for {size[1]} more' if size else ''}: a smaller --batch, "
+                   "smaller images or a smaller network need less")
         except KeyboardInterrupt:
             refuse("stopped", status=130)
 
@@ -87,8 +86,8 @@ class Progress:
             return
         self.due = now + (0.1 if self.terminal else 15)
         rate = (done - self.first) / max(now - self.start, 1e-9)
-        left = (self.total - done) / rate if rate else np.inf
-        left = timedelta(seconds=round(left)) if left < 1e9 else "years"
+        left = (self.total - done) / max(rate, 1e-12)
+        left = timedelta(seconds=round(left)) if left < 1e9 else "?"
         line = f"{text} · {rate * self.images:.4g} images/s · {left} left"
         end = "\n" if done >= self.total or not self.terminal else ""
         width = shutil.get_terminal_size().columns - 1                  # a longer one would wrap

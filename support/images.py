@@ -290,7 +290,8 @@ def write_images(file, path: Path, frames: list[np.ndarray], columns: int | None
 
 @one_line_errors()
 def main():
-    parser, first = Parser(description="Show images, or keep the first of them."), Sampling(out="out/data.png")
+    first = Sampling(out="out/data.png")
+    parser = Parser(description="Show images, or keep the first of them.")
     parser.add_argument("data", nargs="?", metavar="PATH", default=SUPPRESS,
                         help="IDX, .npz or .npy file, or a folder (the digits)")
     add_options(parser, first, "n", "out")
