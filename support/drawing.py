@@ -89,11 +89,11 @@ def collect(walk: Callable[[slice], Iterator[Tensor]], total: int, batch: int, s
         for k, x_t in enumerate(walk(part)):
             progress(first + (part.stop - first) * k / steps,
                      f"step {k} of {steps} · images {first + 1} to {part.stop} of {total}")
+            if k in frames and not torch.isfinite(x_t).all():
+                raise ValueError("the walk led to pixels that are no numbers: are the weights "
+                                 "sound? else more --steps, or --sampler dpm")
             if k in frames:
                 frames[k].append(to_pictures(x_t))
-        if not torch.isfinite(x_t).all():
-            raise ValueError("the walk led to pixels that are no numbers: are the weights sound? "
-                             "else more --steps, or --sampler dpm")
     return [np.concatenate(frame) for frame in frames.values()]
 
 
