@@ -163,8 +163,8 @@ def print_bound(path: Path, data: str | None = None, device: str | None = None):
 
 @one_line_errors()
 def main():
-    parser = Parser(description="Print the bound on -log p(x_0) of held-out images, and whether the "
-                                "network copies.")
+    parser = Parser(description="Print the bound on -log p(x_0) of held-out images, and how near "
+                                "drawn ones come to those of the training.")
     add_options(parser, Sampling, "weights", "data", "device")
     chosen = Sampling(**given(parser.parse_args(), Sampling))
     path = chosen.weights or (LAST if LAST.exists() else SHIPPED)

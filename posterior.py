@@ -75,7 +75,7 @@ def reverse_step(x_t, eps, t, z, sigma2, schedule: Schedule):
     A draw from p(x_{t−1} | x_t) = N(μ_θ, σ_t² I) for z from N(0, I).
     sigma2: σ_t², usually β_t or β̃_t.
     """
-    return draw(reverse_mean(x_t, eps, t, schedule), sigma2 if t > 1 else 0.0, z)
+    return draw(reverse_mean(x_t, eps, t, schedule), sigma2 if t > 1 else 0, z)
 
 
 def reverse_variance(variance: str, schedule: Schedule) -> np.ndarray:
@@ -98,7 +98,7 @@ def reverse_variance(variance: str, schedule: Schedule) -> np.ndarray:
 def kl(mean_1, variance_1, mean_2, variance_2):
     """KL(N_1 ‖ N_2) = ½ [ln(v_2/v_1) + v_1/v_2 − 1 + (m_1−m_2)²/v_2], in nats per pixel       KL"""
     ratio = variance_1 / variance_2
-    return 0.5 * (ratio - 1 - log(ratio) + (mean_1 - mean_2) ** 2 / variance_2)
+    return (ratio - 1 - log(ratio) + (mean_1 - mean_2) ** 2 / variance_2) / 2
 
 
 # ── The matching term L_{t−1}, three ways ─────────────────────────────────────────────────────────
@@ -294,7 +294,7 @@ def draw_perfectly(steps: int = 50):
     def ours(x_t, t):
         return net(x_t, torch.full((10,), int(tau[t])), torch.arange(10))
 
-    print("\nDrawn from the same x_T: distance to the nearest of all training images, RMS per pixel")
+    print("\nDrawn from the same x_T: distance to the nearest training image, RMS per pixel")
     rows = []
     for name, eps_theta in (("perfect", perfect), ("ours", ours)):
         step = sampler_step(eps_theta, on_device(schedule, "cpu"), Sampling())

@@ -218,7 +218,7 @@ def main():
         recent = np.array(run.log[-max(1, len(run.log) // 10):])[:, 2:]
         recent = np.ma.masked_invalid(recent).mean(axis=0).filled(np.nan)
         told = ", ".join(f"{loss:.4f} ({floor:.4f})" for loss, floor in zip(recent, least))
-        print(f"\n{chart(run.log)}\n\nloss by quarter of t (least possible): {told}\n"
+        print(f"\n{chart(run.log)}\n\nloss by quarter of t (least): {told}\n"
               f"drawn: {out}/step-{run.step:06}.png\n"
               "beside it: checkpoint.pt, log.csv, network.pt\n"
               f"next: python sample.py --weights {out / 'checkpoint.pt'} {how}")

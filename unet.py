@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 
 def time_embedding(t: Tensor, width: int) -> Tensor:
-    """[sin(ω_k t), cos(ω_k t)], ω_k = 10000^(−k / (width/2 − 1)), k = 0 .. width/2 − 1.
+    """[sin(ω_k t), cos(ω_k t)], ω_k = 10000^(−k / (width/2 − 1))                     Ho appendix B
 
-    t: (B,), in 1..T → (B, width) float32.  Vaswani et al. (2017), all sines before all cosines.
+    k = 0 .. width/2 − 1;  t: (B,), in 1..T → (B, width) float32.  As in Ho's code; Vaswani et al.
+    (2017) have k/(width/2), and a sine and a cosine in turn.
     """
     k = torch.arange(width // 2, device=t.device)
     omega = torch.exp(-k * math.log(10_000) / (width // 2 - 1))
@@ -34,7 +35,10 @@ class Norm(nn.GroupNorm):
 
 
 class Attention(nn.Module):
-    """x + proj(softmax(Q Kᵀ/√C) V): every pixel looks at every pixel, with one head."""
+    """x + proj(softmax(Q Kᵀ/√C) V)                                                  Ho appendix B
+
+    Every pixel looks at every pixel, with one head.
+    """
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -51,8 +55,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """shortcut(x) + conv2(drop(act(norm2(conv1(act(norm1(x))) + time(act(temb)))))),
-    then attention.
+    """shortcut(x) + conv2(drop(act(norm2(conv1(act(norm1(x))) + time(act(temb))))))   Ho appendix B
+
+    Then attention, at some levels.
     """
 
     def __init__(self, c_in: int, c_out: int, c_time: int, groups: int, dropout: float,
@@ -75,7 +80,10 @@ class Block(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the image: conv3 with stride 2, padded on the right and at the bottom only."""
+    """Halve the image: conv3 with stride 2                                           Ho appendix B
+
+    Padded on the right and at the bottom only.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -86,7 +94,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the image: each pixel becomes 2 x 2, then conv3."""
+    """Double the image: each pixel becomes 2 x 2, then conv3                         Ho appendix B"""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -97,8 +105,9 @@ class Upsample(nn.Module):
 
 
 class UNet(nn.Module):
-    """ε_θ(x_t, t): x_t (B, C, H, W) in [-1, 1] plus noise, t (B,) in 1..T → the noise (B, C, H, W).
+    """ε_θ(x_t, t)                                                                  Ho appendix B
 
+    x_t: (B, C, H, W) in [-1, 1] plus noise;  t: (B,), in 1..T → the noise (B, C, H, W).
     config: the settings of support/config.py.  Each level has model_channels times its channel_mult
     channels and num_res_blocks residual blocks, one more on the way up; attention stands at the
     levels whose height is in attention_resolutions.  patch_size² pixels become the channels of one,

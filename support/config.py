@@ -128,8 +128,8 @@ class Sampling:
     clip: bool = setting(True, "keep the predicted x0 in [-1, 1]")
     label: str | None = setting(None, "a class, 'all': a column each, or 'none'; default: random, "
                                 "with --keep none", 1, 64, kind=str)
-    guidance: float = setting(1.0, "s: 0 ignores the label, 1 follows it, more follows it more "
-                              "strongly; s is 1 + w of Ho and Salimans", 0.0, 100.0)
+    guidance: float = setting(1.0, "s: 0 ignores the label, 1 follows it, a larger s exaggerates "
+                              "it; s is 1 + w of Ho and Salimans", 0.0, 100.0)
     keep: str | None = setting(None, "complete images of which half, the centre or the means over "
                                "4 x 4 pixels are kept", kind=str,
                                choices=("left", "right", "top", "bottom", "centre", "coarse"))

@@ -68,9 +68,9 @@ def projection(keep: str, height: int, width: int) -> Callable[[Tensor], Tensor]
 
 
 def even_frames(snr: np.ndarray, count: int = 40) -> list[int]:
-    """At most `count` steps of a walk, even in log-SNR, the first and the last among them.
+    """Of x_T, x_{T−1}, …, x_0 at most `count` that are even in log-SNR, x_T among them, and x_0.
 
-    snr: of x_T, x_{T−1}, …, x_1; that of x_0 is infinite.  Below 1e-5 all is noise.
+    snr: theirs, without that of x_0, which is infinite.  Below 1e-5 all is noise.
     """
     log_snr = np.log(np.maximum(snr, 1e-5))
     levels = np.linspace(log_snr[0], log_snr[-1], count)
@@ -89,11 +89,12 @@ def collect(walk: Callable[[slice], Iterator[Tensor]], total: int, batch: int, s
         for k, x_t in enumerate(walk(part)):
             progress(first + (part.stop - first) * k / steps,
                      f"step {k} of {steps} · images {first + 1} to {part.stop} of {total}")
-            if k in frames and not torch.isfinite(x_t).all():
+            if k not in frames:
+                continue
+            if not torch.isfinite(x_t).all():
                 raise ValueError("the walk led to pixels that are no numbers: are the weights "
                                  "sound? else more --steps, or --sampler dpm")
-            if k in frames:
-                frames[k].append(to_pictures(x_t))
+            frames[k].append(to_pictures(x_t))
     return [np.concatenate(frame) for frame in frames.values()]
 
 
@@ -110,8 +111,9 @@ def draw_all(walk: Callable, sampling: Sampling, config: Config, device: torch.d
     walk: generate() of sample.py, for a part of the images.  times: t of x_T, …, x_0;  snr: their
     signal-to-noise ratio, without that of x_0.
     """
-    out, total, columns = Path(sampling.out), sampling.n or (8 if sampling.keep else 100), None
+    out, total = Path(sampling.out), sampling.n or (8 if sampling.keep else 100)
     sheet, known, steps = out.suffix == ".png", None, len(snr)
+    columns = config.num_classes if sampling.label == "all" else None
     if sampling.keep:
         originals, _ = held_out_images(sampling.data, config, least=total, most=total)
         known = to_batch(torch.from_numpy(originals).to(device))
@@ -129,8 +131,6 @@ def draw_all(walk: Callable, sampling: Sampling, config: Config, device: torch.d
 
     with atomic_write(out) as file:
         frames = collect(part_of_walk, total, sampling.batch, steps, shown)
-        if sampling.label == "all":
-            columns = config.num_classes
         if sampling.keep and sheet:
             frames = [completion_rows(originals, kept, frame) for frame in frames]
             columns = 2 + COMPLETIONS

@@ -3,8 +3,10 @@
 `KILLS=100 TRIES=5000 pytest support` kills a run a hundred times instead of twice, and tries 5,000
 damaged files of each kind instead of 150.
 """
+import ast
 import contextlib
 import gzip
+import inspect
 import io
 import json
 import math
@@ -203,7 +205,7 @@ def test_training_says_what_it_does_and_the_loss_falls(trained, tiny):
     least = evaluate.least_loss(images, labels, settings_)
     assert f"{least.mean():.4f} is the least possible" in printed
     told = ", ".join(f"{loss:.4f} ({floor:.4f})" for loss, floor in zip(quarters[-1], least))
-    assert f"loss by quarter of t (least possible): {told}\n" in printed
+    assert f"loss by quarter of t (least): {told}\n" in printed
     assert quarters[-1, 0] > 2 * quarters[-1, 3] and np.all(quarters[-1] > least)
     assert [row.split(",")[0] for row in rows[1:]] == [str(10 * k) for k in range(1, 11)]
     assert losses[-1] < losses[0] < 1.2 and losses[-1] < 0.5
@@ -1272,10 +1274,12 @@ def test_any_run_goes_on_or_is_refused(run_file, data_):
         next(train.losses(opened, images, labels, compile=False))
 
 
-# ── The README ────────────────────────────────────────────────────────────────────────────────────
+# ── README.md and READING.md ──────────────────────────────────────────────────────────────────────
 
-README = (ROOT / "README.md").read_text()
-QUICK_START = re.search(r"```sh\n(.*?)```", README, re.S)[1].splitlines()
+README, READING = ((ROOT / name).read_text() for name in ("README.md", "READING.md"))
+QUICK_START = [part for block in re.findall(r"```sh\n(.*?)\n```", README) for part in
+               block.split(" && ")]
+PATH = re.search(r"## A path of 45 minutes\n(.*?)\n## ", READING, re.S)[1]
 
 
 def flags():
@@ -1285,47 +1289,94 @@ def flags():
             yield from action.option_strings
 
 
-def test_the_readme_names_only_what_exists():
-    """README: every link leads to the line of its function; every test, file and flag is there."""
-    links = re.findall(r"\[`(\w+\.py): (\w+)`\]\((\w+\.py)#L(\d+)\)", README)
-    assert len(links) > 30
-    for shown, name, file, number in links:
-        line = (ROOT / file).read_text().splitlines()[int(number) - 1]
-        assert shown == file and re.match(rf"(def|class) {name}\b", line), (file, name)
-    code = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py")])
-    for name in re.findall(r"`(test_\w+)`", README):
-        assert name in ("test_math", "test_scripts") or f"def {name}(" in code, name
-    files = re.findall(r"`((?:assets/)?[\w-]+\.(?:py|npz|pt|txt))`|\]\((assets/[\w./-]+)\)", README)
+@pytest.mark.parametrize("page", [README, READING], ids=["README", "READING"])
+def test_the_pages_name_only_what_exists(page):
+    """Every link leads to the line of its function or proof, to a file or to a heading; every file
+    and flag is there.
+    """
+    links = re.findall(r'\[([^]]+)\]\((?!http)([\w./-]*)#?([\w-]*)(?: "(\w+)")?\)', page)
+    for words, file, place, title in links:
+        assert not file or (ROOT / file).exists(), file
+        text = (ROOT / file).read_text() if Path(file).suffix in (".py", ".md") else page
+        if re.fullmatch(r"L\d+", place):
+            name = title or words.strip("`")
+            line = text.splitlines()[int(place[1:]) - 1]
+            assert re.match(rf"(def|class) {name}\b", line), (file, name)
+        elif place:
+            headings = re.findall("^#+ (.*)", text, re.M)
+            assert place in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]
+    proofs = [title for words, *_, title in links if words == "proof"]
+    assert all(title.startswith("test_") for title in proofs)
+    assert (len(links), len(proofs)) > ((100, 50) if page is READING else (15, 0))
+    files = re.findall(r"`((?:\w+/)?[\w-]+\.(?:py|npz|txt))`|\]\((assets/[\w./-]+)\)", page)
     for name in map("".join, files):
-        assert (ROOT / name).exists() or name in ("checkpoint.pt", "network.pt"), name
-    known = {*flags(), "--hypothesis-profile", "--nproc_per_node"}
-    for flag in re.findall(r"(?<![\w-])(--[a-z][\w-]*)", README):
+        assert (ROOT / name).exists(), name
+    known = {*flags(), "--hypothesis-profile", "--nproc_per_node", "--mine"}
+    for flag in re.findall(r"(?<![\w-])(--[a-z][\w-]*)", page):
         assert flag in known, flag
 
 
-def test_the_readme_s_commands_are_understood(monkeypatch):
-    """README: every `python train.py ...` and `python sample.py ...` is one that it understands."""
-    commands = re.findall(r"python ((?:train|sample)\.py[^`\n]*)", README)
-    assert len(commands) > 10
+def test_every_equation_is_in_the_reading_guide():
+    """Ho (1) to (16), N1 to N8 and V1 to V14 stand in its table; in the next, the articles' words
+    before each formula.
+    """
+    table, articles, *_ = re.findall(r"(?:^\|.*\n)+", READING, re.M)
+    tags = " ".join(re.findall(r"\*\*(.*?)\*\*", table))
+    numbers = ", ".join(re.findall(r"Ho \(([\d, ]+)\)", tags)).split(", ")
+    assert {int(number) for number in numbers} == set(range(1, 17))
+    for letter, last in (("N", 8), ("V", 14)):
+        every = {f"{letter}{k}" for k in range(1, last + 1)}
+        assert set(re.findall(rf"{letter}\d+", tags)) == every
+        assert set(re.findall(rf"^\| ({letter}\d+) \| \"", articles, re.M)) == every
+
+
+@pytest.mark.parametrize("algorithm", [train.algorithm_1, sample.algorithm_2])
+def test_the_algorithms_in_the_readme_are_the_source(algorithm):
+    """Algorithm 1, Algorithm 2: the code beside the paper's lines is that of the two loops."""
+    table = re.search(rf"^.*\[`{algorithm.__name__}`\].*\n((?:\|.*\n)+)", README, re.M)[1]
+    source = inspect.getsource(algorithm)
+    body = ast.parse(source).body[0].body[1:]                                # after the docstring
+    lines = source.splitlines()[body[0].lineno - 1:]
+    assert re.findall("`(.*?)`", table) == [line.split("  #")[0].strip() for line in lines]
+
+
+def test_the_readme_shows_what_training_prints(trained):
+    """README: the last lines of `python train.py`, but for the figures."""
+    out, text, _ = trained
+    shown = re.search(r"&& python train\.py\n```\n\n```text\n(.*?)```", README, re.S)[1]
+    shown, printed = (re.sub(r"\d+(\.\d+)?", "0", page).splitlines()
+                      for page in (shown, text.replace(str(out), "out")))
+    assert shown == printed[-len(shown):]
+
+
+def test_the_commands_are_understood():
+    """Every `python train.py ...` and `python sample.py ...` is one that it understands."""
+    commands = re.findall(r"python ((?:train|sample)\.py[^`\n]*)", README + READING)
+    assert len(commands) > 20
     for command in commands:
         script, *argv = shlex.split(command)
         if argv != ["--help"]:
             {"train.py": train, "sample.py": sample}[script].arguments().parse_args(argv)
 
 
-@pytest.mark.parametrize("line", QUICK_START)
-def test_the_quick_start_runs(line, tmp_path):
-    """README: each line of the quick start, made short where it takes long."""
-    if line == "pip install -r requirements.txt":
-        names = re.findall(r"^\w+", (ROOT / "requirements.txt").read_text(), re.M)
-        assert names == ["numpy", "torch", "pytest", "hypothesis"]
-    elif line == "pytest":
-        done = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", str(ROOT)],
-                              capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0 and "test_posterior_is_bayes_rule" in done.stdout
-    else:
-        program, script, *argv = shlex.split(line)
-        short = ["-n", 4] if script == "sample.py" else ["--batch", 2, "--T", 2, "--beta-T", 0.9]
-        assert program == "python"
-        run(script, *argv, "--steps", 2, *short, cwd=tmp_path)
-        assert decoded(tmp_path / "out/samples.png")[0].std() > 10
+def test_the_quick_start_and_then_the_path_can_be_followed(tmp_path):
+    """README, and in the same folder READING's path of 45 minutes: each command runs, made short
+    where it takes long, and no later one finds an earlier one's files in its way.
+    """
+    assert "pip install -r requirements.txt" in QUICK_START and QUICK_START[-1] == "pytest"
+    names = re.findall(r"^\w+", (ROOT / "requirements.txt").read_text(), re.M)
+    assert names == ["numpy", "torch", "pytest", "hypothesis"]
+    commands = [*QUICK_START, *re.findall(r"`(python .*?)`", PATH)]
+    for script in ("ddpm.py", "posterior.py"):
+        assert f"python {script}" in commands            # run above, as demonstrations
+    for command in commands:
+        script, *argv = shlex.split(command)[1:] or [""]
+        if script in ("train.py", "sample.py"):
+            short = ["--batch", 2, "--T", 2, "--beta-T", 0.9] if script == "train.py" else ["-n", 10]
+            run(script, *argv, *short, "--steps", 2, cwd=tmp_path)
+        elif script == "evaluate.py":
+            assert (tmp_path / argv[argv.index("--weights") + 1]).exists()
+    pictures = "samples.png", "step-000002.png", "mine/step-000002.png", "T50/step-000002.png"
+    for name in pictures:
+        assert decoded(tmp_path / "out" / name)[0].std() > 10
+    assert (tmp_path / "out/mine/network.pt").exists()
