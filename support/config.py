@@ -4,9 +4,9 @@ A setting without help is no option: it follows from the data.  To compute somet
 presets do, write another one below, or name the fields that differ on the command line.
 """
 import math
-from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
+from argparse import ArgumentParser, BooleanOptionalAction
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 
 DIGITS = Path(__file__).resolve().parents[1] / "assets" / "digits.npz"
@@ -36,8 +36,7 @@ def check(rule, value):
         for part in parts)
     if not fits and not (value is None and rule.default is None):
         wanted = f"one of {', '.join(choices)}" if choices else f"{KINDS[kind]} {low} .. {high}"
-        shown = " ".join(repr(value).split())               # a tensor in a file has several lines
-        raise ValueError(f"{flag(rule.name)} must be {wanted}, not {shown:.40}")
+        raise ValueError(f"{flag(rule.name)} must be {wanted}, not {value!r:.40}")
 
 
 DEVICE = setting(None, "cuda, mps or cpu; default: the best one here", 1, 64, kind=str)
@@ -97,8 +96,8 @@ class Config:
         area = math.prod(self.image_shape[1:]) / self.patch_size ** 2
         work = sum(weights * area / 4 ** level for level, weights in enumerate(c))
         if sum(c) > 1e9 or work > 1e12:
-            raise ValueError("images of {1} x {2}: some {3:.0e} weights and {4:.0e} multiplications "
-                             "an image and step are beyond 1e9 or 1e12: smaller images, a larger "
+            raise ValueError("images of {1} x {2}: {3:.0e} weights and {4:.0e} multiplications an "
+                             "image and step are beyond 1e9 or 1e12: smaller images, a larger "
                              "--patch-size, fewer --model-channels".format(
                                  *self.image_shape, sum(c), work))
 
@@ -189,30 +188,25 @@ def add_options(parser: ArgumentParser, settings, *names: str) -> ArgumentParser
     for rule in fields(settings):
         if not rule.metadata["help"] or names and rule.name not in names:
             continue
-        kind, choices, shown = (rule.metadata["kind"], rule.metadata["choices"],
-                                getattr(settings, rule.name))
-        how = dict(action=BooleanOptionalAction) if kind is bool else dict(
-            type=partial(value_of, kind), metavar=choices and f"{{{','.join(choices)}}}",
-            nargs="+" if isinstance(shown, tuple) else None)
-        shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else shown
-        parser.add_argument(flag(rule.name), default=SUPPRESS, **how, help=(
-            rule.metadata["help"] + (f" ({shown})" if shown is not None else "")))
+        choices, shown = rule.metadata["choices"], getattr(settings, rule.name)
+        how = dict(metavar=choices and f"{{{','.join(choices)}}}")
+        if rule.metadata["kind"] is bool:
+            how = dict(action=BooleanOptionalAction)
+        elif isinstance(shown, tuple):
+            how, shown = dict(nargs="+"), " ".join(map(str, shown))
+        parser.add_argument(flag(rule.name), **how, help=rule.metadata["help"] + (
+            f" ({shown})" if shown is not None else ""))
     return parser
-
-
-def value_of(kind: type, text: str):
-    """The value; text that is none stays what it is, for `check` to refuse it by its option."""
-    try:
-        return kind(text) if "_" not in text else text            # int() would take 1_000
-    except ValueError:
-        return text
 
 
 def given(args, settings) -> dict:
     """The settings that were named on the command line, checked."""
     named = {}
-    for rule in (f for f in fields(settings) if hasattr(args, f.name)):
-        value = getattr(args, rule.name)
-        named[rule.name] = tuple(value) if isinstance(value, list) else value
-        check(rule, named[rule.name])
+    for rule in (f for f in fields(settings) if getattr(args, f.name, None) is not None):
+        value, kind = getattr(args, rule.name), rule.metadata["kind"]
+        with suppress(ValueError):           # what is no value stays text, which `check` refuses
+            if "_" not in str(value):                                 # int() would take 1_000
+                value = tuple(map(kind, value)) if isinstance(value, list) else kind(value)
+        check(rule, value)
+        named[rule.name] = value
     return named

@@ -16,7 +16,6 @@ import struct
 import warnings
 import zipfile
 import zlib
-from argparse import SUPPRESS
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -292,7 +291,7 @@ def write_images(file, path: Path, frames: list[np.ndarray], columns: int | None
 def main():
     first = Sampling(out="out/data.png")
     parser = Parser(description="Show images, or keep the first of them.")
-    parser.add_argument("data", nargs="?", metavar="PATH", default=SUPPRESS,
+    parser.add_argument("data", nargs="?", metavar="PATH",
                         help="IDX, .npz or .npy file, or a folder (the digits)")
     add_options(parser, first, "n", "out")
     first = replace(first, **given(parser.parse_args(), Sampling))

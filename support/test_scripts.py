@@ -373,7 +373,7 @@ def test_no_script_dies_of_its_output(script, argv, written, trained, tiny, call
 
 
 def test_output_is_replaced_or_lost(call, monkeypatch):
-    """Output: what an encoding lacks is a "?"; without stdout and stderr, the status still tells."""
+    """Output: what an encoding lacks is a "?"; without stdout and stderr the status still tells."""
     stream = io.TextIOWrapper(io.BytesIO(), "latin-1")
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream)
@@ -718,7 +718,8 @@ def test_a_killed_run_leaves_a_whole_checkpoint(tiny, call, tmp_path):
     half_written = path.with_name(".checkpoint.pt.part")        # what a kill can leave
     half_written.write_bytes(b"half")
     resume, last = (["--resume"], steps[-1] + 1) if path.exists() else ([], 1)
-    assert call(train, "--data", tiny, "--steps", last, "--out", path.parent, *TINY, *resume)[0] == 0
+    more = ["--data", tiny, "--steps", last, "--out", path.parent, *resume]
+    assert call(train, *more, *TINY)[0] == 0
     assert not half_written.exists() and read(path, "a checkpoint")["step"] == last
 
 
@@ -1117,7 +1118,7 @@ def test_every_option_refuses_what_is_none_of_its_values(script, call):
         for value in ["", "x", "True"] if kind is bool else wrong:
             status, text, errors = call(script, f"{option}={value}")
             assert status == 2 and not text and errors.count("\n") == 1, (option, value, errors)
-            assert errors.startswith(f"{script.__name__}.py: ") and option in errors, (option, errors)
+            assert errors.startswith(f"{script.__name__}.py: ") and option in errors, errors
             assert len(errors) < 250 and not list(Path().iterdir())
 
 
