@@ -390,13 +390,19 @@ def test_output_is_replaced_or_lost(call, monkeypatch):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="its shell has other words")
 def test_a_reader_that_leaves_and_closed_streams(tmp_path):
-    """Output: `| head -1`, and no stdin, stdout or stderr at all, in processes of their own."""
-    for redirected in ("2>&1 | head -1; echo ${PIPESTATUS[0]}", ">&- 2>&- <&-; echo $?"):
-        done = subprocess.run(["bash", "-c", f"{sys.executable} {ROOT / 'ddpm.py'} {redirected}"],
+    """Output: `| head -1`, and no stdin, stdout or stderr at all, in processes of their own; then
+    a file does not get their numbers, to which a library may write.
+    """
+    closed = ("import ddpm, support.console as console\nwith console.one_line_errors():\n"
+              "    ddpm.main()\n    raise SystemExit(open('file', 'w').fileno() <= 2)")
+    for command, lines in (
+            ([ROOT / "ddpm.py", "2>&1 | head -1; echo ${PIPESTATUS[0]}"], 2),
+            (["-c", shlex.quote(closed), ">&- 2>&- <&-; echo $?"], 1)):
+        done = subprocess.run(["bash", "-c", " ".join(map(str, [sys.executable, *command]))],
                               cwd=tmp_path, capture_output=True, text=True, timeout=60,
-                              env=os.environ | {"PYTHONIOENCODING": "ascii"})
+                              env=os.environ | dict(PYTHONIOENCODING="ascii", PYTHONPATH=str(ROOT)))
         assert done.stdout.splitlines()[-1] == "0" and not done.stderr
-        assert done.stdout.count("\n") == 1 + ("head" in redirected)
+        assert done.stdout.count("\n") == lines
         decoded(tmp_path / "out/letter.png")
         (tmp_path / "out/letter.png").unlink()
 
@@ -1009,6 +1015,7 @@ def bad_files(call, tiny):
     (["--schedule", "cosine", "--beta-1", 0.1], "belong to --schedule linear"),
     (["--model-channels", 30], "no even multiple of 4 groups"), (["--channel-mult", 0], "1 .. 64"),
     (["--nonsense"], "unrecognized arguments"), (["--out", "file/out"], "file"),
+    (["--data", "a\nb"], "a b: No such file"),
     (["--data", "missing"], "missing: No such file"), (["--data", "large.npy"], "3e+12 multipl"),
     (["--model-channels", 4096, "--channel-mult", 64], "6e+12 weights"),
     (["--data", "empty.npz"], "empty.npz"), (["--data", "text.npy"], "text.npy"),
