@@ -207,7 +207,6 @@ def l_simple(eps, eps_hat):
 
 def main():
     """Document V's example: the letter T under V1 and under V2, 100 times each, and the figures."""
-    from support.console import one_line_errors
     from support.images import image_grid, to_bytes, write_png
 
     letter = -np.ones((32, 32))
@@ -232,8 +231,7 @@ def main():
             print(f"{t:5d} {row[0]}   {row[1]}   {snr(t, schedule) if t else np.inf:10.3g}")
     # one scale for all, cut off at -2 and 2: so it shows that the variance grows
     images = to_bytes(np.swapaxes(strips, 0, 1).reshape(-1, *letter.shape) / 2)
-    with one_line_errors():
-        write_png("out/letter.png", image_grid(images, len(shown), zoom=3, captions=4 * shown))
+    write_png("out/letter.png", image_grid(images, len(shown), zoom=3, captions=4 * shown))
     print("\nnaive: the letter stays, under ever more noise; "
           "scaled: the letter goes, the variance tends to 1")
     print("drawn: out/letter.png; in each half one draw, and below it the mean of all 100; "
@@ -241,4 +239,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    from support.console import one_line_errors
+
+    with one_line_errors():
+        main()

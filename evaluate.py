@@ -13,9 +13,9 @@ from torch import Tensor
 import ddpm
 import posterior
 from ddpm import Schedule
-from sample import generate, on_device, q_sample, schedule_from
+from sample import LAST, SHIPPED, generate, on_device, q_sample, schedule_from
 from support.checkpoint import load_network
-from support.config import Config, Sampling
+from support.config import Config, Sampling, add_options, given
 from support.console import Parser, Progress, one_line_errors
 from support.devices import autocast, choose_device
 from support.images import (fingerprint, held_out_images, load, split, to_batch, to_pictures,
@@ -161,17 +161,14 @@ def print_bound(path: Path, data: str | None = None, device: str | None = None):
         print_copies(net, config, split(training[0])[0], images[:100])
 
 
+@one_line_errors()
 def main():
     parser = Parser(description="Print the bound on -log p(x_0) of held-out images, and how near "
                                 "drawn ones come to those of the training.")
-    parser.add_argument("--weights", type=Path, default=Path("out/checkpoint.pt"),
-                        help="a checkpoint, or a published network (out/checkpoint.pt)")
-    parser.add_argument("--data", help="images, of which the last tenth is held out (those of "
-                                       "the checkpoint)")
-    parser.add_argument("--device", help="cuda, mps or cpu; default: the best one here")
-    args = parser.parse_args()
-    with one_line_errors():
-        print_bound(args.weights, args.data, args.device)
+    add_options(parser, Sampling, "weights", "data", "device")
+    chosen = Sampling(**given(parser.parse_args(), Sampling))
+    path = chosen.weights or (LAST if LAST.exists() else SHIPPED)
+    print_bound(path, chosen.data, chosen.device)
 
 
 if __name__ == "__main__":

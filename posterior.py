@@ -311,7 +311,7 @@ def main():
     with one_line_errors():
         walk_back()
         draw_perfectly()
-    print("drawn: out/posterior.png, x_T to x_0; out/perfect.png; next: python train.py")
+        print("drawn: out/posterior.png, x_T to x_0; out/perfect.png; next: python train.py")
 
 
 if __name__ == "__main__":

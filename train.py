@@ -15,7 +15,7 @@ import evaluate
 import posterior
 from ddpm import Schedule
 from sample import generate, on_device, q_sample, schedule_from
-from support.config import Config, Sampling, add_options, given
+from support.config import Config, Sampling, Session, add_options, given
 from support.console import Parser, Progress, chart, one_line_errors, stop_signals
 from support.devices import (SharedGenerator, autocast, over_all, parallel, precision,
                              start_processes)
@@ -193,42 +193,35 @@ def announce(run: Run, images: np.ndarray, held_out: np.ndarray, least: np.ndarr
 
 def arguments() -> Parser:
     parser = Parser(description="Train a denoising diffusion model; without options, on digits.")
-    add = parser.add_argument
-    add("--out", type=Path, default=Path("out"), help="folder for checkpoint and pictures (out)")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out, exactly")
-    add("--evaluate", action="store_true", help="print the bound on held-out images")
-    add("--device", help="cuda, mps or cpu; default: the best one here")
-    add("--deterministic", action="store_true", help="bit for bit repeatable on a GPU too; slower")
-    add("--compile", action="store_true", help="torch.compile: slow to start, then faster")
-    add_options(parser, Config)
-    return parser
+    return add_options(add_options(parser, Session), Config)
 
 
+@one_line_errors()
 def main():
     args = arguments().parse_args()
-    path = args.out / "checkpoint.pt"
-    with one_line_errors():
-        if args.evaluate:
-            return evaluate.print_bound(path, getattr(args, "data", None), args.device)
-        device = start_processes(args.device, args.deterministic)
-        run, images, labels, held_out = open_run(args.out, device, given(args, Config), args.resume)
-        if run.rank == 0:
-            least = evaluate.least_loss(images, labels, run.config)
-            announce(run, images, held_out, least)
-            run.write_log()                  # fails now if the folder cannot be written
-        stopped = train(run, images, labels, args.compile)
+    session, named = Session(**given(args, Session)), given(args, Config)
+    out = Path(session.out)
+    if session.evaluate:
+        return evaluate.print_bound(out / "checkpoint.pt", named.get("data"), session.device)
+    device = start_processes(session.device, session.deterministic)
+    run, images, labels, held_out = open_run(out, device, named, session.resume)
+    if run.rank == 0:
+        least = evaluate.least_loss(images, labels, run.config)
+        announce(run, images, held_out, least)
+        run.write_log()                  # fails now if the folder cannot be written
+    stopped = train(run, images, labels, session.compile)
     if run.rank == 0 and stopped:
         print(f"\nstopped and saved at step {run.step}; "
-              f"to go on: python train.py --resume --out {args.out}")
+              f"to go on: python train.py --resume --out {out}")
     elif run.rank == 0:
         how = "--sampler dpm --guidance 2" if run.config.num_classes else "--sampler dpm"
         recent = np.array(run.log[-max(1, len(run.log) // 10):])[:, 2:]
         recent = np.ma.masked_invalid(recent).mean(axis=0).filled(np.nan)
         told = ", ".join(f"{loss:.4f} ({floor:.4f})" for loss, floor in zip(recent, least))
         print(f"\n{chart(run.log)}\n\nloss by quarter of t (least): {told}\n"
-              f"drawn: {args.out}/step-{run.step:06}.png\n"
+              f"drawn: {out}/step-{run.step:06}.png\n"
               "beside it: checkpoint.pt, log.csv, network.pt\n"
-              f"next: python sample.py --weights {path} {how}")
+              f"next: python sample.py --weights {out / 'checkpoint.pt'} {how}")
     raise SystemExit(128 + stopped if stopped else 0)
 
 

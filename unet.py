@@ -211,8 +211,10 @@ def parameters(net: nn.Module) -> int:
 
 if __name__ == "__main__":
     from support.config import PRESETS
+    from support.console import one_line_errors
 
-    paper = UNet(PRESETS["cifar10"])
-    print(paper)
-    print(f"\nThe paper's CIFAR10 network: {parameters(paper):,} parameters "
-          "(the paper says 35.7 million)")
+    with one_line_errors():
+        paper = UNet(PRESETS["cifar10"])
+        print(paper)
+        print(f"\nThe paper's CIFAR10 network: {parameters(paper):,} parameters "
+              "(the paper says 35.7 million)")

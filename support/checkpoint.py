@@ -9,7 +9,7 @@ import json
 import pickletools
 import re
 import zipfile
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -76,27 +76,31 @@ def copied(template, found, name: str):
     return found
 
 
-def config_of(found: dict) -> Config:
-    """The settings in a file.  Raises ValueError for one that is missing, unknown or bad."""
-    names = {f.name for f in fields(Config)}
-    if not isinstance(found.get("config"), dict) or names != set(found["config"]):
-        raise ValueError("its settings are not those of this version")
-    return Config(**found["config"])
-
-
 def load_network(path: str | Path, device: torch.device) -> tuple[UNet, Config]:
     """The averaged network of our own checkpoint, or a published one, and its settings."""
     path = Path(path) / PUBLISHED if Path(path).is_dir() else Path(path)
-    found = (read_published(path) if path.name == PUBLISHED
-             else read(path, "a checkpoint of train.py"))
+    published = path.name == PUBLISHED
+    config = published_config(path.with_name("config.json")) if published else None
+    found = read(path, "a published network" if published else "a checkpoint of train.py")
     with parsing(path, "a network that can be built"):
-        config = config_of(found)
+        if not published:
+            if {*found.get("config", ())} != {f.name for f in fields(Config)}:
+                raise ValueError("its settings are not those of this version")
+            config, found = Config(**found["config"]), found.get("ema")
         with torch.device("meta"):    # shapes only: nothing is allocated before it has been checked
             net = UNet(config)
         if parameters(net) > path.stat().st_size:       # else one tensor could stand for them all
             raise ValueError("it is too small for the network that it describes")
-        weights = copied(dict(net.state_dict()), found.get("ema"), "ema")
-        net.load_state_dict(weights, assign=True)
+        parts, template = {}, {}
+        for name, value in net.state_dict().items():
+            parts[name] = their_names(name, config.num_res_blocks) if published else [name]
+            template |= zip(parts[name], value.chunk(len(parts[name])))     # q, k, v: one here
+        if published:
+            for old, new in OLD_NAMES.items():
+                found = {name.replace(f".{old}.", f".{new}."): found[name] for name in found}
+        good = copied(template, found, "it" if published else "ema")
+        net.load_state_dict({name: torch.cat([good[part] for part in parts[name]])
+                             for name in parts}, assign=True)
     return net.to(device, memory_format=torch.channels_last).eval(), config
 
 
@@ -116,27 +120,6 @@ SAME = dict(act_fn="silu", center_input_sample=False, class_embed_type=None,
             time_embedding_type="positional")
 STATED = dict(attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
               norm_eps=1e-6)                                # whose defaults are others
-
-
-def read_published(weights: Path) -> dict:
-    """The paper's networks as diffusers stores them: config.json, and the weights beside it."""
-    config = published_config(weights.with_name("config.json"))
-    found = read(weights, "a published network")
-    with parsing(weights, "a published network"):
-        with torch.device("meta"):
-            net = UNet(config)
-        if parameters(net) > weights.stat().st_size:
-            raise ValueError("it is too small for the network that is described")
-        shapes, template = net.state_dict(), {}
-        for name, value in shapes.items():
-            parts = their_names(name, config.num_res_blocks)      # to_q, to_k and to_v are one here
-            template |= zip(parts, value.chunk(len(parts)))
-        for old, new in OLD_NAMES.items():
-            found = {name.replace(f".{old}.", f".{new}."): value for name, value in found.items()}
-        good = copied(template, found, "it")
-        ema = {name: torch.cat([good[part] for part in their_names(name, config.num_res_blocks)])
-               for name in shapes}
-    return dict(config=asdict(config), ema=ema)
 
 
 def published_config(path: Path) -> Config:

@@ -3,14 +3,19 @@
 A setting without help is no option: it follows from the data.  To compute something else than the
 presets do, write another one below, or name the fields that differ on the command line.
 """
-from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
+import math
+from argparse import ArgumentParser, BooleanOptionalAction
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 DIGITS = Path(__file__).resolve().parents[1] / "assets" / "digits.npz"
 
 
-def setting(default, help="", low=None, high=None, choices=None, kind=None):
+KINDS = {int: "a whole number,", float: "a number,", str: "text of length", bool: "a bool,"}
+
+
+def setting(default, help="", low=False, high=True, choices=None, kind=None):
     """A field: low .. high bound a number, each of several numbers, or the length of a text."""
     kind = kind or type(default[0] if isinstance(default, tuple) else default)
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices,
@@ -21,22 +26,20 @@ def flag(name: str) -> str:
     return "-n" if name == "n" else "--" + name.replace("_", "-")
 
 
-def check(settings):
-    """Raise ValueError for the first setting that is of another kind, or outside its range."""
-    for rule in fields(settings):
-        value, kind, low, high, choices = getattr(settings, rule.name), *map(
-            rule.metadata.get, ("kind", "low", "high", "choices"))
-        parts = value if isinstance(rule.default, tuple) else (value,)
-        fits = type(parts) is tuple and 1 <= len(parts) <= 16 and all(
-            type(part) is kind and (choices is None or part in choices)
-            and (low is None or low <= (len(part) if kind is str else part) <= high)
-            for part in parts)
-        if not fits and not (value is None and rule.default is None):
-            wanted = (", ".join(choices) if choices else kind.__name__ if low is None
-                      else f"{low} .. {high}")
-            shown = f"{value!r:.40}" if all(type(part) in (bool, int, float, str) for part in (
-                value if type(value) is tuple else (value,))) else type(value).__name__
-            raise ValueError(f"{flag(rule.name)} must be {wanted}, not {shown}")
+def check(rule, value):
+    """Raise ValueError for a value of another kind than the setting's, or outside its range."""
+    kind, low, high, choices = map(rule.metadata.get, ("kind", "low", "high", "choices"))
+    parts = value if isinstance(rule.default, tuple) else (value,)
+    fits = type(parts) is tuple and 1 <= len(parts) <= 16 and all(
+        type(part) is kind and (part in choices if choices else
+                                low <= (len(part) if kind is str else part) <= high)
+        for part in parts)
+    if not fits and not (value is None and rule.default is None):
+        wanted = f"one of {', '.join(choices)}" if choices else f"{KINDS[kind]} {low} .. {high}"
+        raise ValueError(f"{flag(rule.name)} must be {wanted}, not {value!r:.40}")
+
+
+DEVICE = setting(None, "cuda, mps or cpu; default: the best one here", 1, 64, kind=str)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Config:
     labels: bool = setting(True, "learn the images' labels too, if they have any")
     flip: bool = setting(False, "mirror half of the images")
     steps: int = setting(1400, "steps of gradient descent", 1, 10**9)
-    batch: int = setting(64, "images a step, over all devices", 1, 10**6)
+    batch: int = setting(64, "images a step, over all devices", 1, 10**5)
     lr: float = setting(6e-3, "learning rate", 1e-9, 1.0)
     muon_lr: float = setting(0.03, "Muon's, for the hidden layers; 0: Adam for all", 0.0, 1.0)
     warmup: int = setting(100, "steps in which the learning rate rises", 1, 10**9)
@@ -82,11 +85,21 @@ class Config:
     first_t: int = setting(1, low=0, high=1)       # published networks count the steps from 0
 
     def __post_init__(self):
-        check(self)
+        for rule in fields(self):
+            check(rule, getattr(self, rule.name))
         if self.schedule == "cosine" and (self.beta_1, self.beta_T) != (1e-4, 0.02):
             raise ValueError("--beta-1 and --beta-T belong to --schedule linear")
         if len(self.image_shape) != 3 or self.image_shape[0] not in (1, 3):
             raise ValueError(f"images are 1 or 3 channels, height, width, not {self.image_shape}")
+        c = [27 * (2 * self.num_res_blocks + 1) * (mult * self.model_channels) ** 2
+             for mult in self.channel_mult]         # weights of a level: two 3 x 3 a block, skips
+        area = math.prod(self.image_shape[1:]) / self.patch_size ** 2
+        work = sum(weights * area / 4 ** level for level, weights in enumerate(c))
+        if sum(c) > 1e9 or work > 1e12:
+            raise ValueError("images of {1} x {2}: {3:.0e} weights and {4:.0e} multiplications an "
+                             "image and step are beyond 1e9 or 1e12: smaller images, a larger "
+                             "--patch-size, fewer --model-channels".format(
+                                 *self.image_shape, sum(c), work))
 
 
 PRESETS = {
@@ -120,22 +133,21 @@ class Sampling:
                                "4 x 4 pixels are kept", kind=str,
                                choices=("left", "right", "top", "bottom", "centre", "coarse"))
     resample: int = setting(1, "with --keep: times each step is walked", 1, 1000)
-    n: int | None = setting(None, "how many images: to draw (100), or to complete (8)", 1, 10**7,
-                            kind=int)
-    batch: int = setting(100, "images at a time: bounds memory", 1, 10**6)
+    n: int | None = setting(None, "how many images (100; with --keep 8)", 1, 10**6, kind=int)
+    batch: int = setting(100, "images at a time: bounds memory", 1, 10**5)
     weights: str | None = setting(None, "a checkpoint, or a folder with a published network; "
                                   "default: out/checkpoint.pt, else the network that ships", 1,
                                   4096, kind=str)
     out: str = setting("out/samples.png", ".png: a sheet; .npz: the arrays", 1, 4096)
     animate: bool = setting(False, "the walk from x_T to x_0, as an animated PNG")
-    data: str | None = setting(None, "with --keep: images, of which the last tenth is held out "
-                               "(those of the training)", 1, 4096, kind=str)
-    device: str | None = setting(None, "cuda, mps or cpu; default: the best one here", 1, 64,
-                                 kind=str)
+    data: str | None = setting(None, "to complete or to evaluate: images, of which the last "
+                               "tenth is held out (those of the training)", 1, 4096, kind=str)
+    device: str | None = DEVICE
     seed: int = setting(0, "of the noise and of random labels", 0, 2**62)
 
     def __post_init__(self):
-        check(self)
+        for rule in fields(self):
+            check(rule, getattr(self, rule.name))
         if self.variance != "beta" and self.sampler != "ddpm":
             raise ValueError("--variance belongs to --sampler ddpm")
         if self.eta is not None and self.sampler == "ddpm":
@@ -157,23 +169,44 @@ class Sampling:
         return float(self.sampler == "dpm") if self.eta is None else self.eta
 
 
-def add_options(parser: ArgumentParser, settings: type) -> ArgumentParser:
-    """An option for each setting that has help."""
-    for rule in (f for f in fields(settings) if f.metadata["help"]):
-        shown, kind = rule.default, rule.metadata["kind"]
-        shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else shown
-        how = dict(type=kind, choices=rule.metadata["choices"])
-        if kind is bool:
+@dataclass(frozen=True)
+class Session:
+    """Where and how train.py works: nothing of it changes what is computed."""
+
+    out: str = setting("out", "folder for checkpoint and pictures", 1, 4096)
+    resume: bool = setting(False, "go on from the checkpoint in --out, exactly")
+    evaluate: bool = setting(False, "print the bound on held-out images")
+    device: str | None = DEVICE
+    deterministic: bool = setting(False, "bit for bit repeatable on a GPU too; slower")
+    compile: bool = setting(False, "torch.compile: slow to start, then faster")
+
+
+def add_options(parser: ArgumentParser, settings, *names: str) -> ArgumentParser:
+    """An option for each setting that has help, or for those named.  settings: a class of them, or
+    an instance with other defaults.
+    """
+    for rule in fields(settings):
+        if not rule.metadata["help"] or names and rule.name not in names:
+            continue
+        choices, shown = rule.metadata["choices"], getattr(settings, rule.name)
+        how = dict(metavar=choices and f"{{{','.join(choices)}}}")
+        if rule.metadata["kind"] is bool:
             how = dict(action=BooleanOptionalAction)
-        elif isinstance(rule.default, tuple):
-            how = dict(type=kind, nargs="+")
-        parser.add_argument(flag(rule.name), dest=rule.name, default=SUPPRESS, **how, help=(
-            rule.metadata["help"] + (f" ({shown})" if shown is not None else "")))
+        elif isinstance(shown, tuple):
+            how, shown = dict(nargs="+"), " ".join(map(str, shown))
+        parser.add_argument(flag(rule.name), **how, help=rule.metadata["help"] + (
+            f" ({shown})" if shown is not None else ""))
     return parser
 
 
-def given(args, settings: type) -> dict:
-    """The settings that were named on the command line."""
-    named = {f.name: getattr(args, f.name) for f in fields(settings) if hasattr(args, f.name)}
-    return {name: tuple(value) if isinstance(value, list) else value
-            for name, value in named.items()}
+def given(args, settings) -> dict:
+    """The settings that were named on the command line, checked."""
+    named = {}
+    for rule in (f for f in fields(settings) if getattr(args, f.name, None) is not None):
+        value, kind = getattr(args, rule.name), rule.metadata["kind"]
+        with suppress(ValueError):           # what is no value stays text, which `check` refuses
+            if "_" not in str(value):                                 # int() would take 1_000
+                value = tuple(map(kind, value)) if isinstance(value, list) else kind(value)
+        check(rule, value)
+        named[rule.name] = value
+    return named

@@ -2,6 +2,8 @@
 import argparse
 import contextlib
 import os
+import re
+import shutil
 import signal
 import sys
 import time
@@ -11,24 +13,56 @@ from pathlib import Path
 import numpy as np
 
 
+class Output:
+    """A stream that one can always write to: what its encoding lacks is replaced, and what nobody
+    can take (the reader of a pipe has gone, the disk is full, the stream is closed) is lost.
+    """
+
+    def __init__(self, stream, errors: str):
+        self.stream, self.errors = stream or open(os.devnull, "w"), errors
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str):
+        encoding = self.stream.encoding or "utf-8"
+        try:
+            self.stream.write(text.encode(encoding, self.errors).decode(encoding))
+            self.stream.flush()
+        except OSError:                  # what the stream still holds must go somewhere at the end
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+
+
 def refuse(message: object, status: int = 2):
     """One line on stderr, and the end."""
-    sys.stdout.flush()
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).splitlines())}", file=sys.stderr)
     raise SystemExit(status)
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """What the user can mend (ValueError, OSError) as one line; a bug keeps its trace."""
-    try:
-        yield
-    except OSError as error:
-        refuse(f"{error.filename}: {error.strerror}" if error.filename else error)
-    except ValueError as error:
-        refuse(error)
-    except KeyboardInterrupt:
-        refuse("stopped", status=130)
+    """A script's main: what the user can mend ends it with one line (a bug keeps its trace), and
+    its output cannot end it.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:       # a closed stdout or stderr: its
+        pass                                                     # number must not go to a file
+    os.close(number)
+    with (contextlib.redirect_stdout(Output(sys.stdout, "replace")),
+          contextlib.redirect_stderr(Output(sys.stderr, "backslashreplace"))):
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            name = getattr(error, "filename", None)
+            refuse(f"{name}: {error.strerror}" if name else error)
+        except (MemoryError, RuntimeError) as error:           # torch has a RuntimeError for it
+            if isinstance(error, RuntimeError) and not re.search("alloc|of memory", str(error)):
+                raise
+            size = re.search(r"allocate ([\d.]+ \w+)", str(error))
+            refuse(f"not enough memory{f' for {size[1]} more' if size else ''}: a smaller --batch, "
+                   "smaller images or a smaller network need less")
+        except KeyboardInterrupt:
+            refuse("stopped", status=130)
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,10 +86,12 @@ class Progress:
             return
         self.due = now + (0.1 if self.terminal else 15)
         rate = (done - self.first) / max(now - self.start, 1e-9)
-        left = timedelta(seconds=round((self.total - done) / rate)) if rate else "?"
+        left = (self.total - done) / max(rate, 1e-12)
+        left = timedelta(seconds=round(left)) if left < 1e9 else "?"
         line = f"{text} · {rate * self.images:.4g} images/s · {left} left"
         end = "\n" if done >= self.total or not self.terminal else ""
-        print(f"\r{line:<78}" if self.terminal else line, end=end, flush=True)
+        width = shutil.get_terminal_size().columns - 1                  # a longer one would wrap
+        print(f"\r{line[:width]:<{width}}" if self.terminal else line, end=end, flush=True)
 
 
 def stop_signals() -> list[int]:

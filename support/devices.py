@@ -1,6 +1,7 @@
 """Where it runs: the device, its precision, and the processes that share the work."""
 import atexit
 import os
+import re
 
 import torch
 import torch.distributed as dist
@@ -23,9 +24,10 @@ def choose_device(name: str | None = None) -> torch.device:
 
 def precision(device: torch.device, float32: bool) -> str:
     """bfloat16 where the device computes it natively (emulated it would be slow), or float32."""
-    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else any(
-        device.type == "cpu" and torch.cpu.get_capabilities().get(name)
-        for name in ("avx512_bf16", "amx_bf16"))
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()      # the user may forbid it
+    native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else (
+        device.type == "cpu" and re.search("ALL|DEFAULT|16|AMX|AVX10", allowed)
+        and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16")))
     return "bfloat16" if native and not float32 else "float32"
 
 

@@ -17,11 +17,12 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from support.config import DIGITS
+from support.config import DIGITS, Sampling, add_options, given
 from support.console import Parser, one_line_errors
 
 LARGEST = 4 << 30              # bytes that a file may unpack to; an .npy is memory-mapped instead
@@ -150,9 +151,10 @@ def read_idx(path: Path) -> list[np.ndarray]:
                 raise ValueError("it does not begin like an IDX file of bytes")
             shape = struct.unpack(f">{start[3]}I", file.read(4 * start[3]))
             size = math.prod(shape)
-            body = bytearray(file.read(min(size, LARGEST) + 1))
+            body = bytearray(file.read(size + 1) if size <= LARGEST else b"")
             if len(body) != size:
-                raise ValueError(f"it promises {size} bytes of {shape} and holds other")
+                raise ValueError(f"it promises {size} bytes of {shape} and holds other, or is "
+                                 "too large: save the images as .npy, which is read in place")
             arrays.append(np.frombuffer(body, np.uint8).reshape(shape))
     return arrays
 
@@ -180,7 +182,7 @@ def atomic_write(path: str | Path):
 
     The name beside it is always the same, so a run replaces what a killed one left.
     """
-    path = Path(path).resolve()                              # a link is followed, not replaced
+    path = Path(os.path.realpath(path) if os.path.islink(path) else path)    # a link is followed
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder; name a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,8 +194,9 @@ def atomic_write(path: str | Path):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException as error:
-        beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        if isinstance(error, OSError) and error.filename in (None, str(beside)):
             error.filename = str(path)
         raise
 
@@ -284,26 +287,22 @@ def write_images(file, path: Path, frames: list[np.ndarray], columns: int | None
     np.savez_compressed(file, images=images, **({} if labels is None else dict(labels=labels)))
 
 
+@one_line_errors()
 def main():
-    parser = Parser(description="Show images, or keep the first n of them.")
-    parser.add_argument("path", nargs="?", help="IDX, .npz or .npy file, or a folder (the digits)")
-    parser.add_argument("-n", type=int, default=100, help="how many, from the first on (100)")
-    parser.add_argument("--out", type=Path, default=Path("out/data.png"),
-                        help="a .png to look at or an .npz to keep")
-    args = parser.parse_args()
-    with one_line_errors():
-        if args.out.suffix not in (".png", ".npz"):
-            raise ValueError(f"--out must end in .png or .npz, not {args.out.name!r}")
-        if args.n < 1:
-            raise ValueError(f"-n must be at least 1, not {args.n}")
-        images, labels = load(args.path)
-        n = min(args.n, len(images))
-        print(f"{args.path or DIGITS}: {len(images)} images of "
-              f"{'x'.join(map(str, images.shape[1:]))}, "
-              f"{'no labels' if labels is None else f'labels {labels.min()} .. {labels.max()}'}")
-        with atomic_write(args.out) as file:
-            write_images(file, args.out, [images[:n]], None, None if labels is None else labels[:n])
-        print(f"written: {args.out}, {n} images")
+    first = Sampling(out="out/data.png")
+    parser = Parser(description="Show images, or keep the first of them.")
+    parser.add_argument("data", nargs="?", metavar="PATH",
+                        help="IDX, .npz or .npy file, or a folder (the digits)")
+    add_options(parser, first, "n", "out")
+    first = replace(first, **given(parser.parse_args(), Sampling))
+    images, labels = load(first.data)
+    n, out = min(first.n or 100, len(images)), Path(first.out)
+    print(f"{first.data or DIGITS}: {len(images)} images of "
+          f"{'x'.join(map(str, images.shape[1:]))}, "
+          f"{'no labels' if labels is None else f'labels {labels.min()} .. {labels.max()}'}")
+    with atomic_write(out) as file:
+        write_images(file, out, [images[:n]], None, None if labels is None else labels[:n])
+    print(f"written: {out}, {n} images")
 
 
 if __name__ == "__main__":
