@@ -444,7 +444,7 @@ def test_one_third():
 @pytest.mark.parametrize("beta, kurtosis", [(0.2, -0.300), (0.1, -0.0744), (0.05, -0.0185)])
 def test_without_x_0_the_reverse_is_gaussian_only_for_small_beta(beta, kurtosis):
     """N4: for x_0 = ±1, q(x_{t−1}|x_t) is two Gaussians;
-    at ᾱ_t = 0.5, x_t = 0.1 its kurtosis falls like β².
+    at ᾱ_t = 0.5, x_t = 0.1 its excess kurtosis falls like β².
     """
     schedule = tables([1 - 0.5 / (1 - beta), beta])
     x_t, weights, x = 0.1, [], np.linspace(-6, 6, 20001)
@@ -1156,7 +1156,8 @@ def small_unet(seed=0, **changes):
 # ── Algorithm 1: training ─────────────────────────────────────────────────────────────────────────
 
 @on_every_device
-@pytest.mark.parametrize("made", [lambda: ONE_STEP, linear, cosine], ids=["T=1", "linear", "cosine"])
+@pytest.mark.parametrize("made", [lambda: ONE_STEP, linear, cosine],
+                         ids=["T=1", "linear", "cosine"])
 def test_tables_are_cast_once_from_float64(made, device):
     """Ho (4): every table on the device is the float64 one, rounded to float32 and nothing else."""
     schedule = made()

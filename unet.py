@@ -94,7 +94,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the image: each pixel becomes 2 x 2, then conv3                         Ho appendix B"""
+    """Double the image: each pixel becomes 2 x 2, then conv3                       Ho appendix B"""
 
     def __init__(self, channels: int):
         super().__init__()

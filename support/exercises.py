@@ -2,8 +2,8 @@
 
 `python -m support.exercises mine` writes ddpm.py, posterior.py, unet.py and sample.py into mine/,
 the body of each function that has a tag blank, its docstring kept.  `pytest --mine mine` proves
-the claims on what you have filled in; a file that is not there is ours.  Write √ as `sqrt`, and ½ as
-`/ 2`: the proofs are in exact fractions, and a float is none.
+the claims on what you have filled in; a file that is not there is ours.  Write √ as `sqrt` and ½
+as `/ 2`: the proofs are in exact fractions, and a float is none.
 """
 import ast
 import importlib.util
@@ -17,8 +17,8 @@ from support.console import Parser, one_line_errors
 from support.images import atomic_write
 
 ROOT, FILES = Path(__file__).resolve().parents[1], ("ddpm", "posterior", "unet", "sample")
-TAG = re.compile(r"\(?(Ho \(|Ho \w+ [A-Z\d.]+|[NV]\d+|Algorithm \d|DDIM|DPM|CFG|KL\b|score|constant|"
-                 r"completion|linear|cosine)")
+TAG = re.compile(r"\(?(Ho \(|Ho \w+ [A-Z\d.]+|[NV]\d+|Algorithm \d|DDIM|DPM|CFG|KL\b|score|"
+                 r"constant|completion|linear|cosine)")
 BLANK = 'raise NotImplementedError("yours to write")'
 
 

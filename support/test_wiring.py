@@ -7,7 +7,7 @@ import ast
 import re
 import subprocess
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 
