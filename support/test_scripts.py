@@ -393,18 +393,19 @@ def test_a_reader_that_leaves_and_closed_streams(tmp_path):
     """Output: `| head -1`, and no stdin, stdout or stderr at all, in processes of their own; then
     a file does not get their numbers, to which a library may write.
     """
-    closed = ("import ddpm, support.console as console\nwith console.one_line_errors():\n"
-              "    ddpm.main()\n    raise SystemExit(open('file', 'w').fileno() <= 2)")
+    closed = ("import sys, support.images as images, support.console as console\n"
+              "sys.argv = ['images.py', '-n', '3']\nwith console.one_line_errors():\n"
+              "    images.main()\n    raise SystemExit(open('file', 'w').fileno() <= 2)")
     for command, lines in (
-            ([ROOT / "ddpm.py", "2>&1 | head -1; echo ${PIPESTATUS[0]}"], 2),
+            ([ROOT / "support/images.py", "-n 3 2>&1 | head -1; echo ${PIPESTATUS[0]}"], 2),
             (["-c", shlex.quote(closed), ">&- 2>&- <&-; echo $?"], 1)):
         done = subprocess.run(["bash", "-c", " ".join(map(str, [sys.executable, *command]))],
                               cwd=tmp_path, capture_output=True, text=True, timeout=60,
                               env=os.environ | dict(PYTHONIOENCODING="ascii", PYTHONPATH=str(ROOT)))
         assert done.stdout.splitlines()[-1] == "0" and not done.stderr
         assert done.stdout.count("\n") == lines
-        decoded(tmp_path / "out/letter.png")
-        (tmp_path / "out/letter.png").unlink()
+        decoded(tmp_path / "out/data.png")
+        (tmp_path / "out/data.png").unlink()
 
 
 @pytest.mark.parametrize("error, says", [
