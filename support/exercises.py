@@ -67,7 +67,10 @@ def pytest_configure(config):
         if (folder / f"{name}.py").exists():
             spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
             sys.modules[name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules[name])
+            try:
+                spec.loader.exec_module(sys.modules[name])
+            except SyntaxError as error:
+                raise pytest.UsageError(f"{error.filename}, line {error.lineno}: {error.msg}")
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -166,12 +166,24 @@ def read_numpy(path: Path) -> list[np.ndarray]:
             return [np.lib.format.open_memmap(path, mode="c")]
         with zipfile.ZipFile(file) as archive:
             total = sum(member.file_size for member in archive.infolist())
-        if total > LARGEST:
-            raise ValueError(f"it would unpack to {total} bytes: "
-                             "save the images as .npy, which is read in place")
-        file.seek(0)
-        arrays = np.load(file, allow_pickle=False)
-        return [arrays[name] for name in arrays.files]
+            if total > LARGEST:
+                raise ValueError(f"it would unpack to {total} bytes: "
+                                 "save the images as .npy, which is read in place")
+            return [read_member(archive, name) for name in archive.namelist()]
+
+
+def read_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An array of an .npz.  What its header says can be neither images nor labels is not read,
+    however large it is: zeros of its type and shape, which take no memory, stand for it.
+    """
+    with archive.open(name) as member:
+        old = np.lib.format.read_magic(member) == (1, 0)
+        shape, _, dtype = (np.lib.format.read_array_header_1_0 if old
+                           else np.lib.format.read_array_header_2_0)(member)
+    if (dtype == np.uint8 and len(shape) in (3, 4)) or (dtype.kind in "iu" and len(shape) == 1):
+        with archive.open(name) as member:
+            return np.lib.format.read_array(member)
+    return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 # ── Pictures and files out ────────────────────────────────────────────────────────────────────────

@@ -595,6 +595,14 @@ def test_images_come_in_as_their_authors_publish_them(tmp_path):
     assert isinstance(files.load(tmp_path / "c.npy")[0], np.memmap)
 
 
+def test_what_cannot_be_images_is_not_read(tmp_path, monkeypatch):
+    """.npz: an array of another type or shape is refused by its header, its pixels unread."""
+    np.savez(tmp_path / "floats.npz", np.zeros((200, 50, 50)), np.zeros((9, 9), np.uint8))
+    monkeypatch.setattr(np.lib.format, "read_array", None)
+    with pytest.raises(ValueError, match=r"holds float64 \(200, 50, 50\), uint8 \(9, 9\)"):
+        files.load(tmp_path / "floats.npz")
+
+
 def test_the_embedded_digits():
     """assets/digits.npz: 10,000 digits with labels, under 2 MB; the last tenth is held out."""
     images, labels = files.load()
@@ -990,7 +998,7 @@ def bad_files(call, tiny):
               "object": [np.array([Path("x")], dtype=object)]}
     for name, parts in arrays.items():
         np.savez(f"{name}.npz", *parts)
-    header, promised = io.BytesIO(), dict(descr="|u1", fortran_order=False, shape=(10**9, 10**6))
+    header, promised = io.BytesIO(), dict(descr="|u1", fortran_order=False, shape=(10**9, 10**3, 10**3))
     np.lib.format.write_array_header_1_0(header, promised)
     with zipfile.ZipFile("liar.npz", "w") as archive:
         archive.writestr("images.npy", header.getvalue())
