@@ -1,7 +1,7 @@
 """The forward process: how an image becomes noise.                              N1–N3, N5–N7, V1–V5
 
 The reference, in NumPy and float64.  Ho is Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic
-Models" (arXiv:2006.11239), N is Nair's article, V is Vizuara's (README.md has them in full).  Each
+Models" (arXiv:2006.11239), N is Nair's article, V is Vizuara's (READING.md has them in full).  Each
 equation is one function, in Ho's symbols; `grep -nE "Ho.*[( ]4[,)]" *.py` finds (4) and its tests.
 
 Time runs t = 1..T and index 0 is the clean image.  Pixels live in [-1, 1].  Images have any one
