@@ -15,5 +15,8 @@ settings.load_profile("default")
 
 @pytest.fixture(autouse=True, scope="session")
 def full_float32():
-    """float32 means float32: no TF32 where the tests hold a GPU against NumPy."""
+    """float32 means float32: no TF32 where the tests hold a GPU against NumPy.  And one thread: on
+    tensors as small as these more cost time.
+    """
+    torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False

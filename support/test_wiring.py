@@ -4,6 +4,7 @@
 With betas of 1e-6 an x_t tells its x_0 exactly, and what is left of it is ε.
 """
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -360,21 +361,24 @@ def test_what_a_reader_fills_in_is_proved_and_counted(tmp_path, call, capsys):
     call(exercises, "mine")
     assert "pytest --mine mine" in capsys.readouterr().out
     path = Path("mine/ddpm.py")
-    head, q_step, q_marginal, rest = re.split(r"(?=def q_step)|(?=def q_marginal)|(?=def q_sample)",
-                                              path.read_text())
-    path.write_text(
-        head + q_step.replace(exercises.BLANK, "return (1 - schedule.beta[t]) ** 0.5 * x_prev, 0")
-        + q_marginal.replace(exercises.BLANK, "return sqrt(schedule.alpha_bar[t]) * x0, "
-                             "schedule.one_minus_alpha_bar[t]") + rest)
-    chosen = "scales_the_mean or jump_is or L_T_is"
+    head, schedule_of, checked, linear, cosine, rest = re.split(
+        r"(?=def schedule_of)|(?=def checked)|(?=def linear)|(?=def cosine)|(?=def times)",
+        path.read_text())
+    cosine = cosine.replace(exercises.BLANK, """t = np.arange(checked(T) + 1)
+    f = cos((t / T + 0.008) / 1.008 * pi / 2)
+    return schedule_of(np.minimum(1 - f[1:] / f[:-1], 0.999))""")          # without its square
+    linear = linear.replace(
+        exercises.BLANK, "return schedule_of(np.linspace(beta_1, beta_T, checked(T)))")
+    source = inspect.getsource(ddpm.schedule_of)
+    path.write_text(head + source + checked + linear + cosine + rest)
+    chosen = "linear_goes or cosine_has or x_T_is_nearly"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "test_math.py", "-k", chosen,
          f"--mine={tmp_path / 'mine'}"], cwd=exercises.ROOT, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    for expected in (r"Ho \(2\) +0 of +1  NOT PROVED by test_a_step_scales_the_mean_and_adds_beta",
-                     r"Ho \(4\) +0 of +1  waits for q_sample", r"Ho \(5\) +0 of +1  waits for L_T",
-                     r"0 of 3 claims proved",
-                     r"still blank in .*ddpm.py: schedule_of, linear, cosine, times, respaced, "
-                     r"naive_step, scaled_step, q_sample, .*"):
+    for expected in (r"Ho section 4 +1 of +1  proved", r"N2 +0 of +1  waits for L_T",
+                     r"cosine +0 of +1  NOT PROVED by test_cosine_has_its_published_values",
+                     r"1 of 3 claims proved",
+                     r"still blank in .*ddpm.py: times, respaced, naive_step, scaled_step, .*"):
         assert any(re.fullmatch(expected, line) for line in lines), done.stdout
