@@ -167,18 +167,12 @@ def open_run(folder: Path, device: torch.device, named: dict, resume: bool) -> t
     named: the settings of the command line.  A run goes on with the settings it began with, but for
     `steps` and where its images lie.  Raises ValueError or OSError for all that can be mended.
     """
-    path, found = folder / "checkpoint.pt", None
+    path = folder / "checkpoint.pt"
     if resume != path.exists():
         raise ValueError(f"{path} is not there: start without --resume" if resume else f"{path} is "
                          "there already: go on with --resume, or begin another run with --out")
-    begun = PRESETS[named.get("preset", "digits")]
-    if resume:
-        begun = load_network(path, torch.device("cpu"))[1]      # is it as large as it says it is?
-        found = read(path, "a checkpoint of train.py")
-        if "net" not in found:
-            raise ValueError(f"{path} holds no training run, only a trained network")
-        if found.get("device") != device.type:
-            raise ValueError(f"{path} did not begin on {device.type}: go on there with --device")
+    begun, found = (saved_run(path, device) if resume
+                    else (PRESETS[named.get("preset", "digits")], None))
     config = replace(begun, **named)
     images, labels = load(config.data)
     config = replace(
@@ -198,6 +192,17 @@ def open_run(folder: Path, device: torch.device, named: dict, resume: bool) -> t
                              "a larger --steps trains it further")
     images, held_out = split(images)
     return run, images, split(labels)[0] if config.num_classes else None, held_out
+
+
+def saved_run(path: Path, device: torch.device) -> tuple[Config, dict]:
+    """The settings of a run that was saved, and what it holds, not yet believed."""
+    begun = load_network(path, torch.device("cpu"))[1]          # is it as large as it says it is?
+    found = read(path, "a checkpoint of train.py")
+    if "net" not in found:
+        raise ValueError(f"{path} holds no training run, only a trained network")
+    if found.get("device") != device.type:
+        raise ValueError(f"{path} did not begin on {device.type}: go on there with --device")
+    return begun, found
 
 
 def refuse_changes(begun: Config, config: Config):
