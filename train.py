@@ -178,7 +178,7 @@ def draw_samples(run: Run, name: str):
 def announce(run: Run, images: np.ndarray, held_out: np.ndarray, least: np.ndarray):
     """What is about to happen, and what loss to expect.  least: by quarter of t."""
     config, schedule, world = run.config, schedule_from(run.config), run.world
-    x0 = to_pixels(np.array(images[:1000], dtype=np.float64))
+    x0 = to_pixels(images[:1000])
     l_T = posterior.bits_per_dim(posterior.L_T(x0, schedule))
     noise = "x_T is noise" if l_T < 0.01 else "x_T IS STILL THE IMAGE: more steps or larger betas!"
     print(f"device    {run.device}, {precision(run.device, config.float32)}"
