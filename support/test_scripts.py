@@ -26,7 +26,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from dataclasses import asdict, fields, replace
+from dataclasses import FrozenInstanceError, asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -507,6 +507,13 @@ def test_every_option_changes_its_setting_and_nothing_else(settings_, name, valu
     assert config.given(parser.parse_args([]), settings_) == {}
 
 
+@pytest.mark.parametrize("settings_", [Config, Sampling, Session])
+def test_no_setting_changes_later(settings_):
+    """Settings: what was checked stays as it was."""
+    with pytest.raises(FrozenInstanceError):
+        settings_().device = "cpu"
+
+
 @pytest.mark.parametrize("settings_", [Config, Sampling])
 def test_every_setting_refuses_what_it_is_not(settings_):
     """Settings: values of another type, not a number, outside the range: one line with the name."""
@@ -592,7 +599,9 @@ def test_images_come_in_as_their_authors_publish_them(tmp_path):
     assert np.array_equal(files.load(packed)[1], labels)
     np.savez(tmp_path / "gaps.npz", x=colour, y=labels * 2 + 1)           # 1, 3, … become 0, 1, …
     assert np.array_equal(files.load(tmp_path / "gaps.npz")[1], labels)
-    assert isinstance(files.load(tmp_path / "c.npy")[0], np.memmap)
+    mapped = files.load(tmp_path / "c.npy")[0]
+    mapped[:] = 0                                              # a copy on write: the file stays
+    assert isinstance(mapped, np.memmap) and np.array_equal(np.load(tmp_path / "c.npy"), colour)
 
 
 def test_what_cannot_be_images_is_not_read(tmp_path, monkeypatch):
