@@ -1019,7 +1019,8 @@ def write_bad_images(tiny):
               "object": [np.array([Path("x")], dtype=object)]}
     for name, parts in arrays.items():
         np.savez(f"{name}.npz", *parts)
-    header, promised = io.BytesIO(), dict(descr="|u1", fortran_order=False, shape=(10**9, 10**3, 10**3))
+    header = io.BytesIO()
+    promised = dict(descr="|u1", fortran_order=False, shape=(10**9, 10**3, 10**3))
     np.lib.format.write_array_header_1_0(header, promised)
     with zipfile.ZipFile("liar.npz", "w") as archive:
         archive.writestr("images.npy", header.getvalue())
