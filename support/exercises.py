@@ -9,9 +9,11 @@ import ast
 import importlib.util
 import re
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
+from hypothesis import Phase, settings
 
 from support.console import Parser, one_line_errors
 from support.images import atomic_write
@@ -71,6 +73,10 @@ def pytest_configure(config):
                 spec.loader.exec_module(sys.modules[name])
             except SyntaxError as error:
                 raise pytest.UsageError(f"{error.filename}, line {error.lineno}: {error.msg}")
+    # the first example that fails is enough: a blank has no simpler one
+    settings.register_profile("mine", settings.get_profile("default"),
+                              phases=(Phase.explicit, Phase.generate), report_multiple_bugs=False)
+    settings.load_profile("mine")
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -88,16 +94,28 @@ def claims(docstring: str) -> list[str]:
     return paper or [tag[1] if tag else "what is around them"]
 
 
-@pytest.hookimpl(hookwrapper=True)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A test that meets a blank is skipped, with the name of the function."""
+    try:
+        return (yield)
+    except NotImplementedError as blank:
+        if item.config.getoption("--mine") is None:
+            raise
+        *_, (frame, _) = traceback.walk_tb(blank.__traceback__)
+        raise pytest.skip.Exception(f"blank: {frame.f_code.co_name}") from None
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """Remember what each test says of its claims: proved, wrong, or which function is blank."""
-    outcome = yield
+    report = yield
     if call.when == "call" and item.config.getoption("--mine"):
-        report, kind = outcome.get_result(), "proved" if call.excinfo is None else item.name
-        if call.excinfo is not None and call.excinfo.errisinstance(NotImplementedError):
-            kind = f"blank: {call.excinfo.traceback[-1].name}"
-            report.outcome, report.longrepr = "skipped", (*item.location[:2], kind)
+        kind = "proved" if call.excinfo is None else item.name
+        if report.skipped:
+            kind = str(call.excinfo.value)
         report.claims = claims(item.function.__doc__), kind
+    return report
 
 
 def order(claim: str) -> tuple:
