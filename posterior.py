@@ -260,13 +260,12 @@ def walk_back():
     t = np.arange(1, schedule.T + 1)
     print(f"\nA2 only grows, from {A2(schedule.T, schedule):.6f} to 1.  A1 grows to "
           f"{A1(t, schedule).max():.5f} at t = {t[A1(t, schedule).argmax()]}, then falls to 0.")
-    print("Far out the posterior trusts x_t; near the image it trusts x_0, "
-          "and at t = 1 nothing else.")
+    print("Far out x_{t−1} is nearly x_t; near the image x_0 decides, and at t = 1 alone.")
     write_png("out/posterior.png", image_grid(to_bytes(np.array(strip)), len(strip),
                                                 captions=[schedule.T, *(t - 1 for t in shown)]))
 
 
-def draw_perfectly(steps: int = 50):
+def draw_perfectly():
     """The perfect network's digits, the training images nearest to them, and what the network that
     ships makes of the same x_T, the same z and the same labels 0 .. 9.
     """
@@ -279,7 +278,8 @@ def draw_perfectly(steps: int = 50):
     from support.drawing import image_noise
     from support.images import image_grid, load, split, to_pictures, to_pixels, write_png
 
-    schedule, tau = respaced(linear(), times(1000, steps)), times(1000, steps)
+    tau = times(1000, 50)
+    schedule = respaced(linear(), tau)
     images, labels = (split(array)[0] for array in load())
     pixels = to_pixels(images.transpose(0, 3, 1, 2).astype(np.float64))
     net, config = load_network(SHIPPED, torch.device("cpu"))
@@ -298,7 +298,8 @@ def draw_perfectly(steps: int = 50):
     rows = []
     for name, eps_theta in (("perfect", perfect), ("ours", ours)):
         step = sampler_step(eps_theta, on_device(schedule, "cpu"), Sampling())
-        *_, x0 = algorithm_2(step, steps, image_noise(0, range(10), config.image_shape, "cpu"))
+        *_, x0 = algorithm_2(step, schedule.T,
+                             image_noise(0, range(10), config.image_shape, "cpu"))
         drawn = to_pictures(x0)
         distance, index = nearest(drawn, images)
         print(f"{name:8}" + "".join(f"{d:8.3f}" for d in distance))

@@ -16,7 +16,9 @@ KINDS = {int: "a whole number,", float: "a number,", str: "text of length", bool
 
 
 def setting(default, help="", low=False, high=True, choices=None, kind=None):
-    """A field: low .. high bound a number, each of several numbers, or the length of a text."""
+    """A field: low .. high bound a number, each of several numbers, or the length of a text; those
+    of a bool are False and True.
+    """
     kind = kind or type(default[0] if isinstance(default, tuple) else default)
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices,
                                                 kind=kind))
@@ -190,8 +192,9 @@ def add_options(parser: ArgumentParser, settings, *names: str) -> ArgumentParser
             continue
         choices, shown = rule.metadata["choices"], getattr(settings, rule.name)
         how = dict(metavar=choices and f"{{{','.join(choices)}}}")
-        if rule.metadata["kind"] is bool:
-            how = dict(action=BooleanOptionalAction)
+        if rule.metadata["kind"] is bool:              # a preset, or the default, may say yes: --no-
+            how = (dict(action=BooleanOptionalAction) if shown or settings is Config
+                   else dict(action="store_const", const=True))
         elif isinstance(shown, tuple):
             how, shown = dict(nargs="+"), " ".join(map(str, shown))
         parser.add_argument(flag(rule.name), **how, help=rule.metadata["help"] + (
