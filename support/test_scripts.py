@@ -1005,17 +1005,18 @@ def test_settings_of_another_network_are_refused(setting, folder, call):
 # ── Bad input ─────────────────────────────────────────────────────────────────────────────────────
 
 @pytest.fixture(scope="session")
-def bad_images(tiny, tmp_path_factory):
-    """A folder of files that are no images."""
+def bad_folder(tiny, trained, tmp_path_factory):
+    """A folder of files that are no images, and no checkpoints, or that lie."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("bad"))
         write_bad_images(tiny)
+        write_bad_checkpoints(trained)
         return Path.cwd()
 
 
 @pytest.fixture
-def bad_files(bad_images, monkeypatch):
-    monkeypatch.chdir(bad_images)
+def bad_files(bad_folder, monkeypatch):
+    monkeypatch.chdir(bad_folder)
 
 
 def write_bad_images(tiny):
@@ -1075,20 +1076,6 @@ def test_train_refuses_bad_input_in_one_line(argv, says, call, bad_files, monkey
     assert says in errors and not Path("out").exists()
 
 
-@pytest.fixture(scope="session")
-def bad_checkpoints(trained, tmp_path_factory):
-    """A folder of files that are no checkpoint, or one that lies."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("bad"))
-        write_bad_checkpoints(trained)
-        return Path.cwd()
-
-
-@pytest.fixture
-def bad_weights(bad_checkpoints, monkeypatch):
-    monkeypatch.chdir(bad_checkpoints)
-
-
 def write_bad_checkpoints(trained):
     body = (trained[0] / "checkpoint.pt").read_bytes()
     good = torch.load(trained[0] / "checkpoint.pt", weights_only=True)
@@ -1146,7 +1133,7 @@ def write_bad_checkpoints(trained):
     (["--weights", "float.pt"], "--num-groups must be a whole number, 1"),
     (["--weights", "dropout.pt"], "--dropout must be"),
     (["--weights", "old.pt"], "not those of this version")])
-def test_sample_refuses_bad_input_in_one_line(argv, says, call, trained, bad_weights):
+def test_sample_refuses_bad_input_in_one_line(argv, says, call, trained, bad_files):
     """Errors: one line, status 2, no code run, nothing half-written; no checkpoint is believed."""
     weights = [] if "--weights" in argv else ["--weights", trained[0] / "checkpoint.pt"]
     status, text, errors = call(sample, *weights, *argv)
