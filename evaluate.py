@@ -118,7 +118,7 @@ def print_copies(net, config: Config, images: np.ndarray, held_out: np.ndarray):
     """How near drawn images come to those of the training, beside how near held-out ones do."""
     labels = torch.arange(len(held_out), device=next(net.parameters()).device)
     label = labels % config.num_classes if config.num_classes else None
-    *_, x0 = generate(net, config, Sampling(sampler="dpm"), range(len(held_out)), label)
+    *_, x0 = generate(net, config, Sampling(), range(len(held_out)), label)
     print(f"\nDistance to the nearest of {len(images)} training images, RMS per pixel:")
     print("                         least   median    (a copy: 0)")
     for name, shown in ((f"{len(held_out)} held-out images", held_out),

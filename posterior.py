@@ -297,7 +297,7 @@ def draw_perfectly():
     print("\nDrawn from the same x_T: distance to the nearest digit in assets/, RMS per pixel")
     rows = []
     for name, eps_theta in (("perfect", perfect), ("ours", ours)):
-        step = sampler_step(eps_theta, on_device(schedule, "cpu"), Sampling())
+        step = sampler_step(eps_theta, on_device(schedule, "cpu"), Sampling("ddpm"))
         *_, x0 = algorithm_2(step, schedule.T,
                              image_noise(0, range(10), config.image_shape, "cpu"))
         drawn = to_pictures(x0)

@@ -200,7 +200,7 @@ def generate(net: UNet, config: Config, sampling: Sampling, indices: range, labe
         with autocast(device, config.float32):
             if label is None:
                 return net(x_t, time)
-            return guided(net, x_t, time, label, sampling.guidance, config.num_classes)
+            return guided(net, x_t, time, label, sampling.guidance_used, config.num_classes)
 
     step = sampler_step(eps_theta, schedule, sampling, watch)
     if sampling.keep:

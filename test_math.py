@@ -1046,9 +1046,10 @@ def gaussian_walk(sampling, schedule, m, s2, noises):
 
 
 @pytest.mark.parametrize("sampling, s2, result", [
-    (Sampling(clip=False), 1.0, 0.999900), (Sampling(clip=False), 0.25, 0.250752),
-    (Sampling(variance="beta_tilde", clip=False), 1.0, 0.991067),
-    (Sampling(variance="beta_tilde", clip=False), 0.25, 0.246125),
+    (Sampling("ddpm", clip=False), 1.0, 0.999900),
+    (Sampling("ddpm", clip=False), 0.25, 0.250752),
+    (Sampling("ddpm", variance="beta_tilde", clip=False), 1.0, 0.991067),
+    (Sampling("ddpm", variance="beta_tilde", clip=False), 0.25, 0.246125),
     (Sampling("ddim", clip=False), 1.0, 0.996252),
     (Sampling("ddim", clip=False), 0.25, 0.248498)])
 def test_the_walk_on_gaussian_data(sampling, s2, result):
@@ -1064,13 +1065,13 @@ ALL, TWENTY = np.arange(1001), np.array([0, *range(1, 952, 50)])
 
 
 @pytest.mark.parametrize("times, sampling, x_0", [
-    (ALL, Sampling(), [-0.024291897992953844, -0.0012977612748805542, 0.006858829319140749,
-                       0.009794089081326758]),
-    (ALL, Sampling(clip=False), [-18.586702693842323, -0.04818612309637783, 0.00474202651982024,
-                                 0.5858823933833934]),
-    (ALL, Sampling(variance="beta_tilde"), [-0.02346455512009724, -0.004628555412516057,
-                                            0.004247353607453527, 0.01172704648171584]),
-    (ALL, Sampling(variance="beta_tilde", clip=False),
+    (ALL, Sampling("ddpm"), [-0.024291897992953844, -0.0012977612748805542, 0.006858829319140749,
+                             0.009794089081326758]),
+    (ALL, Sampling("ddpm", clip=False), [-18.586702693842323, -0.04818612309637783,
+                                         0.00474202651982024, 0.5858823933833934]),
+    (ALL, Sampling("ddpm", variance="beta_tilde"),
+     [-0.02346455512009724, -0.004628555412516057, 0.004247353607453527, 0.01172704648171584]),
+    (ALL, Sampling("ddpm", variance="beta_tilde", clip=False),
      [-18.58585917182956, -0.051514292110084556, 0.0021308849068037757, 0.5877906780099192]),
     (TWENTY, Sampling("ddim"), [-1.0, -0.46810051712500694, 0.4585122993046461, 1.0]),
     (TWENTY, Sampling("ddim", clip=False), [-105.12857411250327, -9.573844393777103,
@@ -1617,7 +1618,7 @@ WALK = replace(SMALL, T=12, beta_1=0.01, beta_T=0.3, float32=True, num_classes=0
 def test_the_whole_walk_through_a_network_is_numpy_s(device, clip, variance, seed):
     """Algorithm 2, N4, N8: generate() against reverse_step: same network, same noise, every x_t."""
     net, schedule = small_unet(seed, num_classes=0).to(device), evenly(12, 0.01, 0.3)
-    sampling = Sampling(variance=variance, clip=clip, seed=seed)
+    sampling = Sampling("ddpm", variance=variance, clip=clip, seed=seed)
     found = list(sample.generate(net, WALK, sampling, range(5, 7)))
     assert len(found) == 13
     streams = [np.random.default_rng((seed, i)) for i in (5, 6)]
@@ -1721,10 +1722,14 @@ def test_guidance_costs_twice_only_where_it_needs_both():
     """CFG: s = 0, s = 1 and no labels at all see each image once, any other s sees it twice; each
     image keeps its label, and the second half is without.
     """
-    config, label = replace(POINT, num_classes=5), torch.tensor([3, 0, 4])
-    for s, rows, labels in ((0.0, 3, [5, 5, 5]), (1.0, 3, [3, 0, 4]), (2.0, 6, [5, 5, 5, 3, 0, 4])):
+    config, label, both = replace(POINT, num_classes=5), torch.tensor([3, 0, 4]), [5, 5, 5, 3, 0, 4]
+    for sampling, rows, labels in (
+            (Sampling(guidance=0.0), 3, [5, 5, 5]), (Sampling(guidance=1.0), 3, [3, 0, 4]),
+            (Sampling(guidance=2.0), 6, both), (Sampling(), 6, both),
+            (Sampling("ddpm"), 3, [3, 0, 4]), (Sampling("ddim"), 3, [3, 0, 4]),
+            (Sampling(label="none"), 3, [3, 0, 4])):        # the caller's labels: they would be 5
         net = Half()
-        list(sample.generate(net, config, Sampling(guidance=s, steps=2), range(3), label))
+        list(sample.generate(net, config, replace(sampling, steps=2), range(3), label))
         assert len(net.calls) == 2 and [c[2].tolist() for c in net.calls] == [labels, labels]
         assert all(len(x_t) == len(t) == rows for x_t, t, _ in net.calls)
     net = Half()

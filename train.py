@@ -170,7 +170,7 @@ def draw_samples(run: Run, name: str):
     if run.rank == 0:
         classes = run.config.num_classes
         label = torch.arange(100, device=run.device) * classes // 100 if classes else None
-        for x_t in generate(run.ema, run.config, Sampling(sampler="dpm"), range(100), label):
+        for x_t in generate(run.ema, run.config, Sampling(), range(100), label):
             x0 = x_t
         write_png(run.folder / name, image_grid(to_pictures(x0), columns=10))
 
@@ -214,14 +214,13 @@ def main():
         print(f"\nstopped and saved at step {run.step}; "
               f"to go on: python train.py --resume --out {out}")
     elif run.rank == 0:
-        how = "--sampler dpm --guidance 2" if run.config.num_classes else "--sampler dpm"
         recent = np.array(run.log[-max(1, len(run.log) // 10):])[:, 2:]
         recent = np.ma.masked_invalid(recent).mean(axis=0).filled(np.nan)
         told = ", ".join(f"{loss:.4f} ({floor:.4f})" for loss, floor in zip(recent, least))
         print(f"\n{chart(run.log)}\n\nloss by quarter of t (least): {told}\n"
               f"drawn: {out}/step-{run.step:06}.png\n"
               "beside it: checkpoint.pt, log.csv, network.pt\n"
-              f"next: python sample.py --weights {out / 'checkpoint.pt'} {how}")
+              f"next: python sample.py --weights {out / 'checkpoint.pt'}")
     raise SystemExit(128 + stopped if stopped else 0)
 
 

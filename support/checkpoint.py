@@ -82,6 +82,16 @@ def load_network(path: str | Path, device: torch.device) -> tuple[UNet, Config]:
     published = path.name == PUBLISHED
     config = published_config(path.with_name("config.json")) if published else None
     found = read(path, "a published network" if published else "a checkpoint of train.py")
+    net, config = network_of(found, path, config)
+    return net.to(device, memory_format=torch.channels_last).eval(), config
+
+
+def network_of(found: dict, path: Path, config: Config | None = None) -> tuple[UNet, Config]:
+    """The network in what `path` holds.  config: a published one's settings; ours hold their own.
+
+    Raises ValueError for a file that is not as large as the network that it describes.
+    """
+    published = config is not None
     with parsing(path, "a network that can be built"):
         if not published:
             if {*found.get("config", ())} != {f.name for f in fields(Config)}:
@@ -101,7 +111,7 @@ def load_network(path: str | Path, device: torch.device) -> tuple[UNet, Config]:
         good = copied(template, found, "it" if published else "ema")
         net.load_state_dict({name: torch.cat([good[part] for part in parts[name]])
                              for name in parts}, assign=True)
-    return net.to(device, memory_format=torch.channels_last).eval(), config
+    return net, config
 
 
 # A part of one of our names, and what diffusers calls it.

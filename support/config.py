@@ -54,7 +54,7 @@ class Config:
                                1, 4096, kind=str)
     labels: bool = setting(True, "learn the images' labels too, if they have any")
     flip: bool = setting(False, "mirror half of the images")
-    steps: int = setting(1400, "steps of gradient descent", 1, 10**9)
+    steps: int = setting(2400, "steps of gradient descent", 1, 10**9)
     batch: int = setting(64, "images a step, over all devices", 1, 10**5)
     lr: float = setting(6e-3, "learning rate", 1e-9, 1.0)
     muon_lr: float = setting(0.03, "Muon's, for the hidden layers; 0: Adam for all", 0.0, 1.0)
@@ -72,10 +72,10 @@ class Config:
     beta_1: float = setting(1e-4, "first beta of the linear schedule", 1e-9, 0.9999)
     beta_T: float = setting(0.02, "last beta of the linear schedule", 1e-9, 0.9999)
 
-    model_channels: int = setting(32, "channels of the network's first level", 4, 4096)
+    model_channels: int = setting(16, "channels of the network's first level", 4, 4096)
     channel_mult: tuple[int, ...] = setting((1, 2), "each level's channels, times these", 1, 64)
     num_res_blocks: int = setting(1, "residual blocks per level", 1, 16)
-    attention_resolutions: tuple[int, ...] = setting((7,), "heights at which there is attention; "
+    attention_resolutions: tuple[int, ...] = setting((0,), "heights at which there is attention; "
                                                      "0: none but the middle", 0, 8192)
     dropout: float = setting(0.0, "share of activations dropped in training", 0.0, 0.99)
     num_groups: int = setting(4, "groups of each GroupNorm", 1, 4096)
@@ -119,7 +119,7 @@ PRESETS = {
 class Sampling:
     """How images are drawn."""
 
-    sampler: str = setting("ddpm", "Algorithm 2, or a faster walk",
+    sampler: str = setting("dpm", "ddpm: Algorithm 2; ddim and dpm: fewer steps; dpm is the fastest",
                            choices=("ddpm", "ddim", "dpm"))
     steps: int | None = setting(None, "calls of the network, at most T; default T, and 20 for dpm",
                                 1, 10**6, kind=int)
@@ -127,10 +127,11 @@ class Sampling:
     eta: float | None = setting(None, "noise of ddim (0) and dpm (1): 0 (none) .. 1 (as ddpm)",
                                 0.0, 1.0, kind=float)
     clip: bool = setting(True, "keep the predicted x0 in [-1, 1]")
-    label: str | None = setting(None, "a class, 'all': a column each, or 'none'; default: random, "
-                                "with --keep none", 1, 64, kind=str)
-    guidance: float = setting(1.0, "s: 0 ignores the label, 1 follows it, a larger s exaggerates "
-                              "it; s is 1 + w of Ho and Salimans", 0.0, 100.0)
+    label: str | None = setting(None, "a class, 'all': a column each, or 'none'; default: all, "
+                                "shuffled, with --keep none", 1, 64, kind=str)
+    guidance: float | None = setting(None, "s: 0 ignores the label, 1 follows it, a larger s "
+                                     "exaggerates it (1 + w of Ho and Salimans); default 1, and "
+                                     "1.1 for dpm", 0.0, 100.0, kind=float)
     keep: str | None = setting(None, "complete images of which half, the centre or the means over "
                                "4 x 4 pixels are kept", kind=str,
                                choices=("left", "right", "top", "bottom", "centre", "coarse"))
@@ -156,7 +157,7 @@ class Sampling:
             raise ValueError("--eta belongs to --sampler ddim and dpm")
         if self.resample > 1 and not self.keep:
             raise ValueError("--resample belongs to --keep")
-        if self.keep and self.label is None and self.guidance != 1:
+        if self.keep and self.label is None and self.guidance not in (None, 1):
             raise ValueError("--guidance with --keep needs a --label")
         if Path(self.out).suffix not in (".png", ".npz"):
             raise ValueError(f"--out must end in .png or .npz, not {self.out!r}")
@@ -164,6 +165,13 @@ class Sampling:
     def calls(self, T: int) -> int:
         """How often the network is called: steps, or what is usual."""
         return min(T, self.steps or (20 if self.sampler == "dpm" else T))
+
+    @property
+    def guidance_used(self) -> float:
+        """guidance, or what is usual; without a label there is nothing to guide."""
+        unlabelled = self.label == "none" or self.keep and self.label is None
+        usual = 1.1 if self.sampler == "dpm" and not unlabelled else 1.0
+        return usual if self.guidance is None else self.guidance
 
     @property
     def eta_used(self) -> float:

@@ -46,7 +46,6 @@ def processes() -> tuple[int, int]:
 
 def start_processes(name: str | None, deterministic: bool) -> torch.device:
     """This process's device, ready to train on, together with the others."""
-    torch.set_float32_matmul_precision("high")                 # TF32 where there is no bfloat16
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

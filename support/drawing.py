@@ -31,13 +31,13 @@ def image_noise(seed: int, indices: range, shape: tuple, device) -> Callable[[],
 
 
 def labels_for(sampling: Sampling, num_classes: int, total: int) -> np.ndarray | None:
-    """Each image's label: one class, a column per class, none, or one from its own stream.
+    """Each image's label: one class, a column per class, none, or all equally often, shuffled.
 
     Raises ValueError for a label that the network does not know.
     """
     label = sampling.label or ("none" if sampling.keep else "random")
     if not num_classes:
-        if sampling.label or sampling.guidance != 1:
+        if sampling.label or sampling.guidance not in (None, 1):
             raise ValueError("this network knows no labels: leave --label and --guidance out")
         return None
     if label == "all":
@@ -45,8 +45,9 @@ def labels_for(sampling: Sampling, num_classes: int, total: int) -> np.ndarray |
             raise ValueError(f"-n must be a multiple of {num_classes} for --label all, not {total}")
         return np.arange(total) % num_classes
     if label == "random":
-        streams = (np.random.default_rng((sampling.seed, i, 1)) for i in range(total))
-        return np.array([stream.integers(num_classes) for stream in streams])
+        rounds = (np.random.default_rng((sampling.seed, i, 1)).permutation(num_classes)
+                  for i in range(-(-total // num_classes)))
+        return np.concatenate([*rounds])[:total]
     if label != "none" and not (label.isdecimal() and int(label) < num_classes):
         raise ValueError(f"--label must be 0 .. {num_classes - 1}, all, none or random, "
                          f"not {label!r}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from support.checkpoint import copied, load_network, read
+from support.checkpoint import copied, network_of, read
 from support.config import DIGITS, PRESETS, Config, flag
 from support.devices import SharedGenerator, over_all, processes
 from support.images import atomic_write, fingerprint, load, parsing, split
@@ -132,22 +132,34 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = {}                          # those of one shape together: few, large products
             for p in group["params"]:
                 buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 buffer.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(buffer, group["momentum"]).flatten(1)             # Nesterov
-                scale = max(1, update.shape[0] / update.shape[1]) ** 0.5
-                p.add_(orthogonal(update).view_as(p), alpha=-group["lr"] * scale)
+                alike.setdefault(update.shape, []).append((p, update))
+            for (rows, columns), pairs in alike.items():
+                updates = orthogonal(torch.stack([update for _, update in pairs]))
+                for (p, _), update in zip(pairs, updates):
+                    p.add_(update.view_as(p), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """U Vᵀ of the matrix U S Vᵀ, nearly: five rounds of Newton-Schulz bring all of S near 1."""
-    x = matrix / (matrix.norm() + 1e-7)
-    x = x.T if x.shape[0] > x.shape[1] else x
+def orthogonal(matrices: Tensor) -> Tensor:
+    """U Vᵀ of each matrix U S Vᵀ, nearly: five rounds of Newton-Schulz bring all of S near 1.
+
+    A round x ← p(x xᵀ) x multiplies x by a polynomial in x xᵀ.  These commute, so the rounds need
+    only the small x xᵀ, and x itself takes their product at the end.
+    """
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    s = x @ x.mT
+    one = product = torch.eye(x.shape[-2], device=x.device)
     for _ in range(5):
-        s = x @ x.T
-        x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+        p = 3.4445 * one - 4.7750 * s + 2.0315 * s @ s
+        s, product = p @ s @ p, p @ product
+    x = product @ x
+    return x.mT if tall else x
 
 
 def optimizers(net: UNet, config: Config) -> list[torch.optim.Optimizer]:
@@ -196,8 +208,8 @@ def open_run(folder: Path, device: torch.device, named: dict, resume: bool) -> t
 
 def saved_run(path: Path, device: torch.device) -> tuple[Config, dict]:
     """The settings of a run that was saved, and what it holds, not yet believed."""
-    begun = load_network(path, torch.device("cpu"))[1]          # is it as large as it says it is?
     found = read(path, "a checkpoint of train.py")
+    begun = network_of(found, path)[1]                        # and it is as large as it says it is
     if "net" not in found:
         raise ValueError(f"{path} holds no training run, only a trained network")
     if found.get("device") != device.type:

@@ -251,6 +251,8 @@ def test_the_same_pictures_whatever_the_batch(options, trained, call, monkeypatc
     assert np.array_equal(a["labels"], c["labels"])
     assert np.abs(a["images"].astype(int) - c["images"]).max() <= 1
     assert np.abs(a["images"].astype(int) - d["images"]).max() > 20
+    if "--label" not in options:                                # each equally often, shuffled
+        assert np.bincount(a["labels"]).tolist() == [6, 6] and a["labels"].tolist() != [0, 1] * 6
 
 
 @pytest.mark.parametrize("extra, size, frames", [
@@ -1056,7 +1058,8 @@ def write_bad_images(tiny):
     (["--model-channels", 30], "no even multiple of 4 groups"), (["--channel-mult", 0], "1 .. 64"),
     (["--nonsense"], "unrecognized arguments"), (["--out", "file/out"], "file"),
     (["--data", "a\nb"], "a b: No such file"),
-    (["--data", "missing"], "missing: No such file"), (["--data", "large.npy"], "3e+12 multipl"),
+    (["--data", "missing"], "missing: No such file"),
+    (["--data", "large.npy", "--model-channels", 32], "3e+12 multipl"),
     (["--model-channels", 4096, "--channel-mult", 64], "6e+12 weights"),
     (["--data", "empty.npz"], "empty.npz"), (["--data", "text.npy"], "text.npy"),
     (["--data", "floats.npz"], "must hold uint8 images"), (["--data", "odd.npz"], "cannot halve"),
@@ -1110,7 +1113,8 @@ def write_bad_checkpoints(trained):
 @pytest.mark.parametrize("argv, says", [
     (["--device", "tpu"], "no device 'tpu'"), (["--sampler", "x"], "one of ddpm, ddim, dpm"),
     (["--label", 2], "--label must be 0 .. 1, all"), (["--label", "seven"], "--label must be"),
-    (["--label", "all", "-n", 3], "multiple of 2"), (["--eta", 0.5], "--eta belongs to"),
+    (["--label", "all", "-n", 3], "multiple of 2"),
+    (["--sampler", "ddpm", "--eta", 0.5], "--eta belongs to"),
     (["--sampler", "dpm", "--variance", "beta_tilde"], "--variance belongs to"),
     (["--out", "x.jpg"], "must end in .png or .npz"), (["--out", "file/x.png"], "file"),
     (["--resample", 2], "--resample belongs to --keep"),

@@ -128,7 +128,7 @@ def test_the_network_is_trained_on_what_algorithm_1_says(coloured, call, watched
     for step in drawn:
         assert torch.equal(step.bias, saved["ema"]["conv_in.bias"])
         assert not torch.equal(step.bias, saved["net"]["conv_in.bias"])
-        assert step.label.tolist() == [0] * 25 + [1] * 25 + [2] * 25 + [3] * 25
+        assert step.label.tolist() == [4] * 100 + [0] * 25 + [1] * 25 + [2] * 25 + [3] * 25
     assert all(torch.equal(shared["ema"][name], p.half()) for name, p in saved["ema"].items())
 
 
@@ -280,13 +280,13 @@ def network(coloured, tmp_path):
     return config
 
 
-DDIM, KEEP = ["--sampler", "ddim"], ["--keep", "top"]
+DDPM, DDIM, KEEP = ["--sampler", "ddpm"], ["--sampler", "ddim"], ["--keep", "top"]
 SAMPLING = [
-    ("sampler", [], ["--sampler", "ddim"]), ("sampler", DDIM, ["--sampler", "dpm"]),
-    ("steps", [], ["--steps", 3]), ("variance", [], ["--variance", "beta_tilde"]),
-    ("eta", DDIM, ["--eta", 0.5]), ("eta", ["--sampler", "dpm"], ["--eta", 0]),
+    ("sampler", DDPM, DDIM), ("sampler", DDIM, ["--sampler", "dpm"]), ("sampler", [], DDPM),
+    ("steps", [], ["--steps", 3]), ("variance", DDPM, ["--variance", "beta_tilde"]),
+    ("eta", DDIM, ["--eta", 0.5]), ("eta", [], ["--eta", 0]),
     ("clip", [], ["--no-clip"]), ("label", [], ["--label", 1]), ("label", [], ["--label", "none"]),
-    ("guidance", [], ["--guidance", 3]), ("guidance", [], ["--guidance", 0]),
+    ("guidance", [], ["--guidance", 3]), ("guidance", DDPM, ["--guidance", 0]),
     ("keep", KEEP, ["--keep", "bottom"]), ("keep", KEEP, ["--keep", "left"]),
     ("keep", KEEP, ["--keep", "coarse"]), ("resample", KEEP, ["--resample", 2]),
     ("n", [], ["-n", 3]), ("weights", [], ["--weights", "other.pt"]),
@@ -326,11 +326,12 @@ def test_the_bound_is_that_of_the_held_out_images(network, coloured, call, watch
     assert all(torch.equal(step.bias, ema["conv_in.bias"]) for step in watched)
     assert [(step.t[0].item(), len(step.x_t)) for step in watched] == [
         *((t, 32) for t in (2, 3, 4, 5, 6)), (1, 4),                    # the bound; then a walk
-        *((t, 4) for t in (6, 5, 4, 3, 2, 1))]
+        *((t, 8) for t in (6, 5, 4, 3, 2, 1))]
     assert all(len(set(step.t.tolist())) == 1 for step in watched)
     which = read_off(watched[5].x_t, watched[5].t, ddpm.linear(6, 1e-6, 0.3))[0]
     assert which.tolist() == [36, 37, 38, 39]
-    assert all(step.label.tolist() == [0, 1, 2, 3] for step in watched[5:])
+    assert watched[5].label.tolist() == [0, 1, 2, 3]
+    assert all(step.label.tolist() == 4 * [4] + [0, 1, 2, 3] for step in watched[6:])
 
 
 # ── Write it yourself ─────────────────────────────────────────────────────────────────────────────
