@@ -48,7 +48,7 @@ from support.drawing import even_frames
 from unet import UNet
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ["--batch", "16", "--T", "20", "--beta-T", "0.5", "--model-channels", "24",
+TINY = ["--batch", "16", "--T", "20", "--beta-T", "0.5", "--model-channels", "16",
         "--dropout", "0.1", "--device", "cpu"]
 CPU = torch.device("cpu")
 
@@ -1127,8 +1127,8 @@ def write_bad_checkpoints(trained):
     (["--weights", "code.pt"], "is not a checkpoint"), (["--weights", "list.pt"], "holds a list"),
     (["--weights", "less.pt"], "ema.conv_in.bias is missing"),
     (["--weights", "more.pt"], "ema.more is left over"),
-    (["--weights", "shape.pt"], "ema.conv_in.bias is no tensor of (24,)"),
-    (["--weights", "view.pt"], "ema.conv_in.bias is no tensor of (24,)"),
+    (["--weights", "shape.pt"], "ema.conv_in.bias is no tensor of (16,)"),
+    (["--weights", "view.pt"], "ema.conv_in.bias is no tensor of (16,)"),
     (["--weights", "legacy.pt"], "no zip file"), (["--weights", "one.pt"], "it is too small"),
     (["--weights", "bytes.pt"], "it names"),
     (["--weights", "nan.pt"], "pixels that are no numbers"),
