@@ -282,12 +282,12 @@ def draw_perfectly():
     schedule = respaced(linear(), tau)
     images, labels = (split(array)[0] for array in load())
     pixels = to_pixels(images.transpose(0, 3, 1, 2).astype(np.float64))
+    digits = [pixels[labels == c] for c in range(10)]
     net, config = load_network(SHIPPED, torch.device("cpu"))
 
     def perfect(x_t, t):
         x_t = x_t.double().numpy()
-        x0 = np.stack([best_x0(x_t[c:c + 1], t, pixels[labels == c], schedule)[0]
-                       for c in range(10)])
+        x0 = np.stack([best_x0(x_t[c:c + 1], t, digits[c], schedule)[0] for c in range(10)])
         return torch.from_numpy(eps_from_x0(x_t, t, x0, schedule)).float()
 
     @torch.no_grad()
