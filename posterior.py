@@ -11,8 +11,7 @@ import math
 import numpy as np
 from numpy import log, sqrt
 
-from ddpm import (Schedule, draw, eps_from_x0, linear, log_normal, q_marginal, q_step, respaced,
-                  times)
+from ddpm import Schedule, draw, eps_from_x0, linear, log_normal, q_marginal, q_step
 
 
 # ── The true posterior ────────────────────────────────────────────────────────────────────────────
@@ -272,34 +271,27 @@ def draw_perfectly():
     import torch
 
     from evaluate import nearest
-    from sample import SHIPPED, algorithm_2, on_device, sampler_step
+    from sample import SHIPPED, generate
     from support.checkpoint import load_network
     from support.config import Sampling
-    from support.drawing import image_noise
     from support.images import image_grid, load, split, to_pictures, to_pixels, write_png
 
-    tau = times(1000, 50)
-    schedule = respaced(linear(), tau)
+    schedule = linear()
     images, labels = (split(array)[0] for array in load())
     pixels = to_pixels(images.transpose(0, 3, 1, 2).astype(np.float64))
     digits = [pixels[labels == c] for c in range(10)]
     net, config = load_network(SHIPPED, torch.device("cpu"))
 
-    def perfect(x_t, t):
-        x_t = x_t.double().numpy()
+    def perfect(x_t, t, label):
+        x_t, t = x_t.double().numpy(), int(t[0])
         x0 = np.stack([best_x0(x_t[c:c + 1], t, digits[c], schedule)[0] for c in range(10)])
         return torch.from_numpy(eps_from_x0(x_t, t, x0, schedule)).float()
 
-    @torch.no_grad()
-    def ours(x_t, t):
-        return net(x_t, torch.full((10,), int(tau[t])), torch.arange(10))
-
     print("\nDrawn from the same x_T: distance to the nearest digit in assets/, RMS per pixel")
     rows = []
-    for name, eps_theta in (("perfect", perfect), ("ours", ours)):
-        step = sampler_step(eps_theta, on_device(schedule, "cpu"), Sampling("ddpm"))
-        *_, x0 = algorithm_2(step, schedule.T,
-                             image_noise(0, range(10), config.image_shape, "cpu"))
+    for name, forward in (("perfect", perfect), ("ours", net.forward)):
+        net.forward = forward
+        *_, x0 = generate(net, config, Sampling("ddpm", steps=50), range(10), torch.arange(10))
         drawn = to_pictures(x0)
         distance, index = nearest(drawn, images)
         print(f"{name:8}" + "".join(f"{d:8.3f}" for d in distance))
@@ -307,13 +299,10 @@ def draw_perfectly():
     write_png("out/perfect.png", image_grid(np.concatenate(rows[:3]), columns=10))
 
 
-def main():
+if __name__ == "__main__":
     from support.console import one_line_errors
+
     with one_line_errors():
         walk_back()
         draw_perfectly()
         print("drawn: out/posterior.png, x_T to x_0; out/perfect.png; next: python train.py")
-
-
-if __name__ == "__main__":
-    main()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm import Schedule, cosine, linear, respaced, snr, times
+from posterior import beta_tilde
 from support.checkpoint import load_network
 from support.config import DIGITS, Config, Sampling, add_options, given
 from support.console import Parser, one_line_errors
@@ -48,11 +49,6 @@ def x0_from_eps(x_t, t, eps, schedule):
 def eps_from_x0(x_t, t, x0, schedule):
     """ε = (x_t − √ᾱ_t x̂_0)/√(1−ᾱ_t)                                              Ho (9, 15), N5"""
     return (x_t - root(schedule.alpha_bar, t) * x0) / root(schedule.one_minus_alpha_bar, t)
-
-
-def beta_tilde(t, schedule):
-    """β̃_t = (1−ᾱ_{t−1})/(1−ᾱ_t) β_t                                                 Ho (7), V8"""
-    return schedule.one_minus_alpha_bar[t - 1] / schedule.one_minus_alpha_bar[t] * schedule.beta[t]
 
 
 # ── Algorithm 2 ───────────────────────────────────────────────────────────────────────────────────
@@ -124,7 +120,7 @@ def ddim_step(x_t, t, x0, z, schedule, eta=0.0):
 def dpm_step(x_t, t, x0, x0_prev, z, schedule, eta=0.0):
     """x_{t−1} = √(1−ᾱ_{t−1})/√(1−ᾱ_t) x_t − √ᾱ_{t−1} (e^{−h} − 1) D              DPM-Solver++(2M)
 
-    Lu et al. (2022), arXiv:2211.01095: λ = ln(√ᾱ/√(1−ᾱ)), h = λ_{t−1} − λ_t, r = h_prev/h, and from
+    Lu et al. (2022), arXiv:2211.01095: λ = ln(√ᾱ/√(1−ᾱ)) = ½ ln SNR, h = λ_{t−1} − λ_t, r = h_prev/h, and from
     the two latest x̂_0 D = (1 + 1/(2r)) x̂_0 − 1/(2r) x̂_0 prev: x̂_0 as of half a step ahead.
     That is DDIM's step with D for x̂_0, and so it is written; η = 1 gives the solver's SDE form.
     D = x̂_0 where λ is infinite or x̂_0 has no predecessor: in the first step, in the last, and
@@ -132,9 +128,7 @@ def dpm_step(x_t, t, x0, x0_prev, z, schedule, eta=0.0):
     """
     if x0_prev is None or t == 1 or schedule.alpha_bar[t + 1] == 0:
         return ddim_step(x_t, t, x0, z, schedule, eta)
-    ahead, now, past = (
-        (schedule.alpha_bar[i].sqrt() / schedule.one_minus_alpha_bar[i].sqrt()).log()
-        for i in (t - 1, t, t + 1))
+    ahead, now, past = (snr(i, schedule).log() / 2 for i in (t - 1, t, t + 1))             # λ
     r = (now - past) / (ahead - now)
     D = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_prev
     return ddim_step(x_t, t, D, z, schedule, eta)

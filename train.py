@@ -17,8 +17,7 @@ from ddpm import Schedule
 from sample import generate, on_device, q_sample, schedule_from
 from support.config import Config, Sampling, Session, add_options, given
 from support.console import Parser, Progress, chart, one_line_errors, stop_signals
-from support.devices import (SharedGenerator, autocast, over_all, parallel, precision,
-                             start_processes)
+from support.devices import SharedGenerator, autocast, over_all, precision, start_processes
 from support.images import image_grid, to_batch, to_pictures, to_pixels, write_png
 from support.run import Run, open_run
 from unet import parameters
@@ -123,7 +122,7 @@ def batches(images: np.ndarray, labels: np.ndarray | None, config: Config, rng: 
 
 def losses(run: Run, images: np.ndarray, labels: np.ndarray | None, compile: bool) -> Iterator:
     """Algorithm 1 with the run's network, images and noise; each loss is a step further."""
-    net = parallel(run.net)
+    net = nn.parallel.DistributedDataParallel(run.net) if run.world > 1 else run.net
     net = torch.compile(net) if compile else net
 
     def eps_theta(x_t, t, label):

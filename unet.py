@@ -120,7 +120,7 @@ class UNet(nn.Module):
         width, groups, patch = config.model_channels, config.num_groups, config.patch_size
         if width % groups or width % 2:
             raise ValueError(f"{width} model channels are no even multiple of {groups} groups")
-        self.width, self.patch, self.num_classes = width, patch, config.num_classes
+        self.width, self.patch = width, patch
         self.factor = patch * 2 ** (len(config.channel_mult) - 1)
         channels, height, image_width = config.image_shape
         self.check_size(height, image_width)
@@ -148,19 +148,17 @@ class UNet(nn.Module):
             if level > 0:
                 self.down.append(Downsample(c))
                 skips.append(c)
-                size = size // 2
             for _ in range(config.num_res_blocks):
-                self.down.append(block(c, mult * self.width, size in attended))
+                self.down.append(block(c, mult * self.width, size >> level in attended))
                 c = mult * self.width
                 skips.append(c)
         self.middle.extend([block(c, c, attention=True), block(c, c, attention=False)])
         for level, mult in reversed(list(enumerate(config.channel_mult))):
             for _ in range(config.num_res_blocks + 1):
-                self.up.append(block(c + skips.pop(), mult * self.width, size in attended))
+                self.up.append(block(c + skips.pop(), mult * self.width, size >> level in attended))
                 c = mult * self.width
             if level > 0:
                 self.up.append(Upsample(c))
-                size = size * 2
 
     def initialise(self):
         """As the paper's authors: variance 1/fan_avg, and each residual branch begins as zero."""

@@ -5,7 +5,7 @@ import re
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -60,11 +60,6 @@ def start_processes(name: str | None, deterministic: bool) -> torch.device:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
     return device
-
-
-def parallel(net: nn.Module) -> nn.Module:
-    """The network, its gradients averaged over all processes."""
-    return nn.parallel.DistributedDataParallel(net) if dist.is_initialized() else net
 
 
 def over_all(value, device: torch.device, largest: bool = False) -> Tensor:

@@ -99,12 +99,6 @@ def collect(walk: Callable[[slice], Iterator[Tensor]], total: int, batch: int, s
     return [np.concatenate(frame) for frame in frames.values()]
 
 
-def beside(x_t: Iterator[Tensor], predicted: deque) -> Iterator[Tensor]:
-    """Each x_t, and under it the latest x̂_0 that was predicted; grey, before there is one."""
-    for x in x_t:
-        yield torch.cat([x, predicted[-1] if predicted else torch.zeros_like(x)], dim=2)
-
-
 def draw_all(walk: Callable, sampling: Sampling, config: Config, device: torch.device,
              times: np.ndarray, snr: np.ndarray):
     """Draw all the images that `sampling` asks for, into its file.
@@ -126,9 +120,12 @@ def draw_all(walk: Callable, sampling: Sampling, config: Config, device: torch.d
     def part_of_walk(part):
         label = None if labels is None else torch.from_numpy(labels[part]).to(device)
         predicted = deque(maxlen=1)
-        x_t = walk(range(total)[part], label, None if known is None else known[part],
-                   predicted.append)
-        return beside(x_t, predicted) if sampling.animate and sheet and not sampling.keep else x_t
+        for x_t in walk(range(total)[part], label, None if known is None else known[part],
+                        predicted.append):
+            if sampling.animate and sheet and not sampling.keep:
+                x0 = predicted[-1] if predicted else torch.zeros_like(x_t)      # grey: none as yet
+                x_t = torch.cat([x_t, x0], dim=2)
+            yield x_t
 
     with atomic_write(out) as file:
         frames = collect(part_of_walk, total, sampling.batch, steps, shown)

@@ -22,6 +22,7 @@ ROOT, FILES = Path(__file__).resolve().parents[1], ("ddpm", "posterior", "unet",
 TAG = re.compile(r"\(?(Ho \(|Ho \w+ [A-Z\d.]+|[NV]\d+|Algorithm \d|DDIM|DPM|CFG|KL\b|score|"
                  r"constant|completion|linear|cosine)")
 BLANK = 'raise NotImplementedError("yours to write")'
+FOUND = {}        # by claim, of each test: "proved", "blank: " and the function, or the test's name
 
 
 def blanked(source: str) -> str:
@@ -65,6 +66,8 @@ def pytest_configure(config):
     if not any((folder / f"{name}.py").exists() for name in FILES):
         raise pytest.UsageError(f"{folder} holds none of {', '.join(FILES)}.py: "
                                 f"python -m support.exercises {folder} begins them")
+    config.option.ignore = [config.rootpath / "support" / f"test_{name}.py"    # they need all
+                            for name in ("scripts", "wiring")]                 # of ours
     for name in FILES:
         if (folder / f"{name}.py").exists():
             spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
@@ -79,12 +82,6 @@ def pytest_configure(config):
     settings.load_profile("mine")
 
 
-def pytest_ignore_collect(collection_path, config):
-    """The scripts need all of it; the claims are in test_math.py."""
-    mine = config.getoption("--mine")
-    return True if mine and collection_path.name in ("test_scripts.py", "test_wiring.py") else None
-
-
 def claims(docstring: str) -> list[str]:
     """The claims that a test is titled by: 'Ho (6, 7), V8: …' → Ho (6), Ho (7)."""
     title = docstring.split(":")[0].replace("Ho Algorithm", "Algorithm")
@@ -96,26 +93,22 @@ def claims(docstring: str) -> list[str]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """A test that meets a blank is skipped, with the name of the function."""
-    try:
+    """Remember what each test says of its claims: proved, wrong, or the function that is blank, at
+    which it is skipped.
+    """
+    if item.config.getoption("--mine") is None:
         return (yield)
+    kind = item.name
+    try:
+        yield
+        kind = "proved"
     except NotImplementedError as blank:
-        if item.config.getoption("--mine") is None:
-            raise
         *_, (frame, _) = traceback.walk_tb(blank.__traceback__)
-        raise pytest.skip.Exception(f"blank: {frame.f_code.co_name}") from None
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item, call):
-    """Remember what each test says of its claims: proved, wrong, or which function is blank."""
-    report = yield
-    if call.when == "call" and item.config.getoption("--mine"):
-        kind = "proved" if call.excinfo is None else item.name
-        if report.skipped:
-            kind = str(call.excinfo.value)
-        report.claims = claims(item.function.__doc__), kind
-    return report
+        kind = f"blank: {frame.f_code.co_name}"
+        raise pytest.skip.Exception(kind) from None
+    finally:
+        for claim in claims(item.function.__doc__):
+            FOUND.setdefault(claim, []).append(kind)
 
 
 def order(claim: str) -> tuple:
@@ -126,23 +119,20 @@ def order(claim: str) -> tuple:
 
 def pytest_terminal_summary(terminalreporter, config):
     """The claims in the paper's order: proved, not proved, or waiting for what is still blank."""
-    folder, found = config.getoption("--mine"), {}
+    folder = config.getoption("--mine")
     if folder is None:
         return
-    for report in (r for part in terminalreporter.stats.values() for r in part):
-        for claim in getattr(report, "claims", ([], ""))[0]:
-            found.setdefault(claim, []).append(report.claims[1])
     write = terminalreporter.write_line
     terminalreporter.section(f"the claims, on the files in {folder}")
-    for claim in sorted(found, key=order):
-        kinds = found[claim]
+    for claim in sorted(FOUND, key=order):
+        kinds = FOUND[claim]
         wrong = sorted({kind for kind in kinds if kind != "proved" and kind[:5] != "blank"})
         waits = sorted({kind[7:] for kind in kinds if kind[:5] == "blank"})
         says = (f"NOT PROVED by {', '.join(wrong)}" if wrong
                 else f"waits for {', '.join(waits)}" if waits else "proved")
         write(f"{claim:20} {kinds.count('proved'):3} of {len(kinds):3}  {says}")
-    proved = sum(set(kinds) == {"proved"} for kinds in found.values())
-    write(f"{proved} of {len(found)} claims proved")
+    proved = sum(set(kinds) == {"proved"} for kinds in FOUND.values())
+    write(f"{proved} of {len(FOUND)} claims proved")
     for name in FILES:
         path = folder / f"{name}.py"
         left = blanks(path.read_text(encoding="utf-8")) if path.exists() else []
