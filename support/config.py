@@ -54,7 +54,7 @@ class Config:
                                1, 4096, kind=str)
     labels: bool = setting(True, "learn the images' labels too, if they have any")
     flip: bool = setting(False, "mirror half of the images")
-    steps: int = setting(2400, "steps of gradient descent", 1, 10**9)
+    steps: int = setting(2000, "steps of gradient descent", 1, 10**9)
     batch: int = setting(64, "images a step, over all devices", 1, 10**5)
     lr: float = setting(6e-3, "learning rate", 1e-9, 1.0)
     muon_lr: float = setting(0.03, "Muon's, for the hidden layers; 0: Adam for all", 0.0, 1.0)
