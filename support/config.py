@@ -128,7 +128,7 @@ class Sampling:
                                 0.0, 1.0, kind=float)
     clip: bool = setting(True, "keep the predicted x0 in [-1, 1]")
     label: str | None = setting(None, "a class, 'all': a column each, or 'none'; default: all, "
-                                "shuffled, with --keep none", 1, 64, kind=str)
+                                "shuffled, and none with --keep", 1, 64, kind=str)
     guidance: float | None = setting(None, "s: 0 ignores the label, 1 follows it, a larger s "
                                      "exaggerates it (1 + w of Ho and Salimans); default 1, and "
                                      "1.1 for dpm", 0.0, 100.0, kind=float)
@@ -146,7 +146,7 @@ class Sampling:
     data: str | None = setting(None, "to complete or to evaluate: images, of which the last "
                                "tenth is held out (those of the training)", 1, 4096, kind=str)
     device: str | None = DEVICE
-    seed: int = setting(0, "of the noise and of random labels", 0, 2**62)
+    seed: int = setting(0, "of the noise, and of the order of the labels", 0, 2**62)
 
     def __post_init__(self):
         for rule in fields(self):
