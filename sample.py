@@ -24,7 +24,7 @@ from unet import UNet
 LAST, SHIPPED = Path("out/checkpoint.pt"), DIGITS.with_name("digits.pt")
 
 
-# ── The formulas of ddpm.py and posterior.py that are needed here, in PyTorch ─────────────────────
+# ── The formulas of ddpm.py that are needed here, in PyTorch ──────────────────────────────────────
 # t: one integer for all images; in q_sample and its inversions also a tensor with one for each.
 
 def on_device(schedule: Schedule, device) -> Schedule:
@@ -120,8 +120,9 @@ def ddim_step(x_t, t, x0, z, schedule, eta=0.0):
 def dpm_step(x_t, t, x0, x0_prev, z, schedule, eta=0.0):
     """x_{t−1} = √(1−ᾱ_{t−1})/√(1−ᾱ_t) x_t − √ᾱ_{t−1} (e^{−h} − 1) D              DPM-Solver++(2M)
 
-    Lu et al. (2022), arXiv:2211.01095: λ = ln(√ᾱ/√(1−ᾱ)) = ½ ln SNR, h = λ_{t−1} − λ_t, r = h_prev/h, and from
-    the two latest x̂_0 D = (1 + 1/(2r)) x̂_0 − 1/(2r) x̂_0 prev: x̂_0 as of half a step ahead.
+    Lu et al. (2022), arXiv:2211.01095: λ = ln(√ᾱ/√(1−ᾱ)) = ½ ln SNR, h = λ_{t−1} − λ_t,
+    r = h_prev/h, and from the two latest x̂_0 D = (1 + 1/(2r)) x̂_0 − 1/(2r) x̂_0 prev: x̂_0 as of
+    half a step ahead.
     That is DDIM's step with D for x̂_0, and so it is written; η = 1 gives the solver's SDE form.
     D = x̂_0 where λ is infinite or x̂_0 has no predecessor: in the first step, in the last, and
     after ᾱ = 0 in float32.

@@ -994,7 +994,8 @@ def test_dpm_is_its_published_formula_and_with_eta_1_a_posterior_draw(device, sc
     t = data.draw(st.integers(2, schedule.T - 1))
     (x_t, _, x0, x0_prev, z), (x_t32, _, x0_32, x0_prev32, z32) = step_arguments(
         schedule, t, device)
-    past, now, ahead = (math.log(ddpm.snr(u, schedule)) / 2 for u in (t + 1, t, t - 1))
+    past, now, ahead = (math.log(schedule.alpha_bar[u] / schedule.one_minus_alpha_bar[u]) / 2
+                        for u in (t + 1, t, t - 1))
     D = x0 + (x0 - x0_prev) * ((ahead - now) / 2) / (now - past)
     (scale, variance), (_, variance_t) = (q_marginal(1.0, u, schedule) for u in (t - 1, t))
     exact = (math.sqrt(variance / variance_t) * x_t - scale * math.expm1(now - ahead) * D,

@@ -119,7 +119,7 @@ PRESETS = {
 class Sampling:
     """How images are drawn."""
 
-    sampler: str = setting("dpm", "ddpm: Algorithm 2; ddim and dpm: fewer steps; dpm is the fastest",
+    sampler: str = setting("dpm", "ddpm: Algorithm 2; ddim: fewer steps; dpm: the fewest",
                            choices=("ddpm", "ddim", "dpm"))
     steps: int | None = setting(None, "calls of the network, at most T; default T, and 20 for dpm",
                                 1, 10**6, kind=int)
@@ -200,7 +200,7 @@ def add_options(parser: ArgumentParser, settings, *names: str) -> ArgumentParser
             continue
         choices, shown = rule.metadata["choices"], getattr(settings, rule.name)
         how = dict(metavar=choices and f"{{{','.join(choices)}}}")
-        if rule.metadata["kind"] is bool:              # a preset, or the default, may say yes: --no-
+        if rule.metadata["kind"] is bool:              # a preset or the default may say yes: --no-
             how = (dict(action=BooleanOptionalAction) if shown or settings is Config
                    else dict(action="store_const", const=True))
         elif isinstance(shown, tuple):

@@ -154,7 +154,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     s = x @ x.mT
-    one = product = torch.eye(x.shape[-2], device=x.device)
+    one = product = torch.eye(x.shape[-2]).to(x)
     for _ in range(5):
         p = 3.4445 * one - 4.7750 * s + 2.0315 * s @ s
         s, product = p @ s @ p, p @ product
