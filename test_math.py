@@ -1736,6 +1736,8 @@ def test_guidance_costs_twice_only_where_it_needs_both():
     net = Half()
     list(sample.generate(net, POINT, Sampling(guidance=2.0, steps=2), range(3)))
     assert [(len(x_t), label) for x_t, _, label in net.calls] == [(3, None)] * 2
+    assert Sampling().guidance_used == Sampling(keep="top", label="3").guidance_used == 1.1
+    assert Sampling(keep="top").guidance_used == 1
 
 
 # ── Completion ────────────────────────────────────────────────────────────────────────────────────
