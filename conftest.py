@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["support.exercises"]
+pytest_plugins = ["support.exercises", "support.parallel"]
 COMMON = dict(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 for name in ("default", "ci"):
     settings.register_profile(name, derandomize=True, max_examples=60, database=None, **COMMON)

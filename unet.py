@@ -128,8 +128,10 @@ class UNet(nn.Module):
 
         self.time = nn.Sequential(nn.Linear(width, c_time), nn.SiLU(), nn.Linear(c_time, c_time))
         self.label = None
-        if config.num_classes:    # nn.Embedding(…) on "meta" would load torch's compiler: half a
-            table = torch.randn(config.num_classes + 1, c_time)                        # second more
+        if config.num_classes:
+            table = torch.empty(config.num_classes + 1, c_time)
+            if not table.is_meta:             # there it would load torch's compiler, for a second
+                table.normal_()
             self.label = nn.Embedding.from_pretrained(table, freeze=False)
         self.conv_in = nn.Conv2d(channels * patch ** 2, width, 3, padding=1)
         self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()

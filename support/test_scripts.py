@@ -352,6 +352,34 @@ def test_the_bound_is_printed(trained, tiny, call):
     assert again[0] == 0 and again[1].splitlines()[-4:] == text.splitlines()[-4:]
 
 
+@pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2
+                    or torch.accelerator.is_available(), reason="one process runs all tests here")
+def test_the_tests_that_several_processes_run_are_told_by_one(tmp_path):
+    """Tests: each runs once, whoever runs it; what fails is told, and so is a process that dies."""
+    path = tmp_path / "test_many.py"
+    path.write_text("""
+import os, time
+import pytest
+FIRST = os.getpid()
+@pytest.mark.parametrize("i", range(100))
+def test(i):
+    time.sleep(0.005)
+    print("other" if os.getpid() != FIRST else "first")
+    assert i % 50
+    assert os.getpid() == FIRST or "DIE" not in os.environ or os._exit(0)
+""")
+    running = [subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-rA", "-p", "support.exercises", "-p", "support.parallel",
+         path], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), **more}) for more in ({}, {"DIE": "1"})]
+    (whole, _), (died, _) = (process.communicate(timeout=60) for process in running)
+    assert [process.returncode for process in running] == [1, 2]
+    assert "2 failed, 98 passed" in whole and "first\n" in whole and "other\n" in whole
+    assert sorted(re.findall(r"^(?:PASSED|FAILED) .*\[(\d+)\]", whole, re.M), key=int) == [
+        str(i) for i in range(100)]
+    assert "a process that ran a part of the tests died" in died
+
+
 # ── Whatever its output and its surroundings ──────────────────────────────────────────────────────
 
 def nobody():
@@ -735,11 +763,12 @@ def test_a_killed_run_leaves_a_whole_checkpoint(tiny, call, tmp_path):
         resume = ["--resume"] if path.exists() else []
         process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--data", str(tiny),
                                     "--steps", "199", "--out", "run", *TINY, *resume],
-                                   cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+                                   cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+                                   env=os.environ | dict(OMP_NUM_THREADS="1"))
         assert any(line.startswith("step") for line in process.stdout)       # it does go on
         while "KILLS" not in os.environ and process.poll() is None and not path.exists():
             time.sleep(0.01)
-        time.sleep(chance.random())
+        time.sleep(chance.random() / 2)
         process.kill()
         process.communicate()
         steps.append(read(path, "a checkpoint")["step"] if path.exists() else 0)
@@ -884,7 +913,6 @@ def test_two_processes_are_one(tiny, call, tmp_path):
     """
     common = ["--data", tiny, "--steps", 10, *TINY, "--float32", "--muon-lr", 0,
               "--dropout", 0, "--out"]
-    assert call(train, *common, "one")[0] == 0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -893,6 +921,7 @@ def test_two_processes_are_one(tiny, call, tmp_path):
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | dict(
             OMP_NUM_THREADS="1", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))) for rank in range(2)]
+    assert call(train, *common, "one")[0] == 0
     printed = [process.communicate(timeout=120)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], printed
     assert "device    cpu, float32, 2 processes" in printed[0] and "device" not in printed[1]
