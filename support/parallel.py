@@ -28,7 +28,7 @@ def processes(session) -> int:
     """As many as processors, if there are tests enough; one where a device or a user is shared."""
     option = session.config.option
     alone = (sys.platform != "linux" or torch.accelerator.is_available() or option.collectonly
-             or option.usepdb or option.capture == "no" or option.maxfail or option.mine)
+             or option.usepdb or option.capture == "no" or option.mine)
     return 1 if alone else min(len(os.sched_getaffinity(0)), len(session.items) // 50)
 
 
@@ -41,6 +41,8 @@ def run_from(queue: int, session):
     while item:
         following = take()                          # pytest keeps what both need
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if session.shouldfail or session.shouldstop:        # -x: nothing is left for the others
+            return os.read(queue, 1 << 16)
         item = following
 
 
@@ -68,7 +70,7 @@ def pytest_runtestloop(session):
     try:
         run_from(queue, session)
     finally:
-        os.read(queue, 1 << 16)                     # interrupted: nothing is left for the others
+        os.read(queue, 1 << 16)                             # the same after an interrupt
     for pid, file in others.items():
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         file.seek(0)
@@ -77,4 +79,6 @@ def pytest_runtestloop(session):
             config.hook.pytest_runtest_logreport(report=report)
         if status != DONE:
             raise session.Interrupted("a process that ran a part of the tests died")
+    if session.shouldfail:
+        raise session.Failed(session.shouldfail)
     return True

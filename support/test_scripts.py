@@ -355,7 +355,9 @@ def test_the_bound_is_printed(trained, tiny, call):
 @pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2
                     or torch.accelerator.is_available(), reason="one process runs all tests here")
 def test_the_tests_that_several_processes_run_are_told_by_one(tmp_path):
-    """Tests: each runs once, whoever runs it; what fails is told, and so is a process that dies."""
+    """Tests: each runs once, whoever runs it; what fails is told, and so is a process that dies; -x
+    stops all.
+    """
     path = tmp_path / "test_many.py"
     path.write_text("""
 import os, time
@@ -370,14 +372,16 @@ def test(i):
 """)
     running = [subprocess.Popen(
         [sys.executable, "-m", "pytest", "-rA", "-p", "support.exercises", "-p", "support.parallel",
-         path], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), **more}) for more in ({}, {"DIE": "1"})]
-    (whole, _), (died, _) = (process.communicate(timeout=60) for process in running)
-    assert [process.returncode for process in running] == [1, 2]
+         path, *options], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), **more})
+        for options, more in (([], {}), ([], {"DIE": "1"}), (["-x"], {}))]
+    (whole, _), (died, _), (first, _) = (process.communicate(timeout=60) for process in running)
+    assert [process.returncode for process in running] == [1, 2, 1]
     assert "2 failed, 98 passed" in whole and "first\n" in whole and "other\n" in whole
     assert sorted(re.findall(r"^(?:PASSED|FAILED) .*\[(\d+)\]", whole, re.M), key=int) == [
         str(i) for i in range(100)]
     assert "a process that ran a part of the tests died" in died
+    assert "1 failed" in first and "stopping after 1 failures" in first
 
 
 # ── Whatever its output and its surroundings ──────────────────────────────────────────────────────
