@@ -88,7 +88,8 @@ class Progress:
         rate = (done - self.first) / max(now - self.start, 1e-9)
         left = (self.total - done) / max(rate, 1e-12)
         left = timedelta(seconds=round(left)) if left < 1e9 else "?"
-        line = f"{text} · {rate * self.images:.4g} images/s · {left} left"
+        speed = f" · {rate * self.images:.4g} images/s · {left} left" if done > self.first else ""
+        line = text + speed
         end = "\n" if done >= self.total or not self.terminal else ""
         width = shutil.get_terminal_size().columns - 1                  # a longer one would wrap
         print(f"\r{line[:width]:<{width}}" if self.terminal else line, end=end, flush=True)
