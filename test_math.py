@@ -43,7 +43,7 @@ from support.config import PRESETS, Config, Sampling
 from support.devices import SharedGenerator
 from support.drawing import image_noise, projection
 from support.run import Muon, optimizers
-from unet import Attention, Block, Downsample, UNet, parameters, time_embedding
+from unet import Attention, Block, Downsample, Norm, UNet, parameters, time_embedding
 
 # ── What is drawn, and how near is near ───────────────────────────────────────────────────────────
 
@@ -1540,6 +1540,22 @@ def test_a_block_is_its_equation():
     near32(block(x, temb), (h + block.shortcut(x)).detach().numpy(), condition=10)
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_norms_of_bfloat16_have_exact_sums(groups):
+    """Ho appendix B: GroupNorm of bfloat16 is that of exact numbers but for its last rounding, also
+    of pixels far from 0, where sums in bfloat16 would be off by whole units.
+    """
+    norm, generator = Norm(groups, 16, eps=1e-6), torch.Generator().manual_seed(0)
+    x = (20 + 3 * torch.randn(2, 16, 8, 8, generator=generator)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm(x.contiguous(memory_format=torch.channels_last))
+    grouped = x.double().reshape(2, groups, -1)
+    exact = ((grouped - grouped.mean(2, keepdim=True))
+             / (grouped.var(2, correction=0, keepdim=True) + 1e-6).sqrt()).reshape(x.shape)
+    assert found.dtype == torch.bfloat16
+    np.testing.assert_allclose(found.detach().double(), exact, rtol=2**-8, atol=1e-4)
+
+
 def test_downsampling_pads_right_and_bottom_only():
     """Ho appendix B: conv3 with stride 2 sees nothing above-left, and a zero beyond the last."""
     down = Downsample(1)
@@ -1591,7 +1607,7 @@ def test_any_size_that_can_be_halved(shape, patch):
     with pytest.raises(ValueError, match="multiples of"):
         UNet(replace(SMALL, image_shape=(shape[0], shape[1] + 1, shape[2])))
     with pytest.raises(ValueError, match="groups"):
-        UNet(replace(SMALL, model_channels=102))
+        UNet(replace(SMALL, model_channels=102, num_groups=4))
 
 
 # ── Algorithm 2: sampling ─────────────────────────────────────────────────────────────────────────

@@ -78,7 +78,7 @@ class Config:
     attention_resolutions: tuple[int, ...] = setting((0,), "heights at which there is attention; "
                                                      "0: none but the middle", 0, 8192)
     dropout: float = setting(0.0, "share of activations dropped in training", 0.0, 0.99)
-    num_groups: int = setting(4, "groups of each GroupNorm", 1, 4096)
+    num_groups: int = setting(1, "groups of each GroupNorm", 1, 4096)
     patch_size: int = setting(2, "squares of pixels that become one; 1 is the paper", 1, 64)
 
     image_shape: tuple[int, ...] = setting((1, 28, 28), low=1, high=8192)      # channels first
