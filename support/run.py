@@ -132,34 +132,34 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            alike = {}                          # those of one shape together: few, large products
+            updates = []
             for p in group["params"]:
                 buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(buffer, group["momentum"]).flatten(1)             # Nesterov
-                alike.setdefault(update.shape, []).append((p, update))
-            for (rows, columns), pairs in alike.items():
-                updates = orthogonal(torch.stack([update for _, update in pairs]))
-                for (p, _), update in zip(pairs, updates):
-                    p.add_(update.view_as(p), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                updates.append(p.grad.lerp(buffer, group["momentum"]).flatten(1))      # Nesterov
+            for p, update in zip(group["params"], orthogonal(updates)):
+                rows, columns = update.shape
+                p.add_(update.reshape(p.shape), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
+def orthogonal(matrices: list[Tensor]) -> list[Tensor]:
     """U Vᵀ of each matrix U S Vᵀ, nearly: five rounds of Newton-Schulz bring all of S near 1.
 
     A round x ← p(x xᵀ) x multiplies x by a polynomial in x xᵀ.  These commute, so the rounds need
-    only the small x xᵀ, and x itself takes their product at the end.
+    only the small x xᵀ, all of one size together, and x itself takes their product at the end.
     """
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    s = x @ x.mT
-    one = product = torch.eye(x.shape[-2]).to(x)
-    for _ in range(5):
-        p = 3.4445 * one - 4.7750 * s + 2.0315 * s @ s
-        s, product = p @ s @ p, p @ product
-    x = product @ x
-    return x.mT if tall else x
+    wide = [matrix.mT if len(matrix) > len(matrix.mT) else matrix for matrix in matrices]
+    wide, products = [x / (x.norm() + 1e-7) for x in wide], {}
+    for rows in {len(x) for x in wide}:
+        alike = [i for i, x in enumerate(wide) if len(x) == rows]
+        s = torch.stack([wide[i] @ wide[i].mT for i in alike])
+        one = product = torch.eye(rows).to(s)
+        for _ in range(5):
+            p = 3.4445 * one - 4.7750 * s + 2.0315 * s @ s
+            s, product = p @ s @ p, p @ product
+        products |= zip(alike, product)
+    wide = [products[i] @ x for i, x in enumerate(wide)]
+    return [x.mT if len(matrix) > len(matrix.mT) else x for matrix, x in zip(matrices, wide)]
 
 
 def optimizers(net: UNet, config: Config) -> list[torch.optim.Optimizer]:
