@@ -5,7 +5,6 @@ import sys
 import tempfile
 
 import pytest
-import torch
 
 DONE = 77              # the exit status of a forked process; a test that exits would not choose it
 
@@ -26,9 +25,10 @@ class Recorder:
 
 def processes(session) -> int:
     """As many as processors, if there are tests enough; one where a device or a user is shared."""
-    option = session.config.option
-    alone = (sys.platform != "linux" or torch.accelerator.is_available() or option.collectonly
-             or option.usepdb or option.capture == "no" or option.mine)
+    option, torch = session.config.option, sys.modules.get("torch")
+    alone = (sys.platform != "linux" or torch and torch.accelerator.is_available()
+             or option.collectonly or option.usepdb or option.capture == "no"
+             or getattr(option, "mine", None))
     return 1 if alone else min(len(os.sched_getaffinity(0)), len(session.items) // 50)
 
 

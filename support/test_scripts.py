@@ -371,8 +371,8 @@ def test(i):
     assert os.getpid() == FIRST or "DIE" not in os.environ or os._exit(0)
 """)
     running = [subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-rA", "-p", "support.exercises", "-p", "support.parallel",
-         path, *options], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-m", "pytest", "-rA", "-p", "support.parallel", path, *options],
+        cwd=tmp_path, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), **more})
         for options, more in (([], {}), ([], {"DIE": "1"}), (["-x"], {}))]
     (whole, _), (died, _), (first, _) = (process.communicate(timeout=60) for process in running)
