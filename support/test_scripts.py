@@ -183,7 +183,8 @@ def test_the_demonstrations(script, picture, says, tmp_path):
     assert says in done.stdout and not done.stderr
     pixels, _ = decoded(tmp_path / picture)
     assert pixels.std() > 30
-    if script == "posterior.py":                  # the perfect network copies, ours does not
+    if script == "posterior.py":       # t above, 0 at last; the perfect network copies, ours not
+        assert np.array_equal(pixels[2:20:2, -58:-2:2, 0], files.caption(0, 28))
         perfect, ours = (np.array(line.split()[1:], float) for line in done.stdout.splitlines()
                          if line.startswith(("perfect", "ours")))
         assert len(perfect) == 10 and not perfect.any() and ours.min() > 0.1
