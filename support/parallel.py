@@ -23,7 +23,7 @@ class Recorder:
         self.file.flush()
 
 
-def processes(session) -> int:
+def workers(session) -> int:
     """As many as processors, if there are tests enough; one where a device or a user is shared."""
     option, torch = session.config.option, sys.modules.get("torch")
     alone = (sys.platform != "linux" or torch and torch.accelerator.is_available()
@@ -46,39 +46,47 @@ def run_from(queue: int, session):
         item = following
 
 
+def forked(queue: int, session):
+    """A process that takes tests from the queue too: its number, and the file it writes them to."""
+    file = tempfile.TemporaryFile("w+", encoding="utf-8")
+    pid, status = os.fork(), 1
+    if pid == 0:
+        try:
+            Recorder(session.config, file)
+            run_from(queue, session)
+            status = DONE
+        finally:
+            os._exit(status)
+    return pid, file
+
+
+def tell(pid: int, file, session):
+    """Show what another process found, once it has ended."""
+    status, hook = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), session.config.hook
+    file.seek(0)
+    for data in map(json.loads, file):
+        hook.pytest_runtest_logreport(report=hook.pytest_report_from_serializable(
+            config=session.config, data=data))
+    if status != DONE:
+        raise session.Interrupted("a process that ran a part of the tests died")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session):
     """The tests, by several processes; without them None, and pytest runs them as always."""
-    world, config, others = processes(session), session.config, {}
+    world = workers(session)
     if world < 2 or session.testsfailed:
         return None
     queue, fill = os.pipe()
     os.write(fill, b"".join(i.to_bytes(2, "big") for i in range(len(session.items))))
     os.close(fill)
-    for _ in range(1, world):
-        file = tempfile.TemporaryFile("w+", encoding="utf-8")
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                Recorder(config, file)
-                run_from(queue, session)
-                status = DONE
-            finally:
-                os._exit(status)
-        others[pid] = file
+    others = [forked(queue, session) for _ in range(1, world)]
     try:
         run_from(queue, session)
     finally:
         os.read(queue, 1 << 16)                             # the same after an interrupt
-    for pid, file in others.items():
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        file.seek(0)
-        for data in map(json.loads, file):
-            report = config.hook.pytest_report_from_serializable(config=config, data=data)
-            config.hook.pytest_runtest_logreport(report=report)
-        if status != DONE:
-            raise session.Interrupted("a process that ran a part of the tests died")
+    for pid, file in others:
+        tell(pid, file, session)
     if session.shouldfail:
         raise session.Failed(session.shouldfail)
     return True
