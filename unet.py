@@ -35,7 +35,7 @@ class Norm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and self.num_channels >= 16 * self.num_groups:
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast("cpu", enabled=False):           # which would make it float32
                 return super().forward(x)
         return super().forward(x.float()).to(x.dtype)
 
@@ -136,7 +136,7 @@ class UNet(nn.Module):
         self.label = None
         if config.num_classes:
             table = torch.empty(config.num_classes + 1, c_time)
-            if not table.is_meta:             # there it would load torch's compiler, for a second
+            if not table.is_meta:                   # on "meta" this would load torch's compiler
                 table.normal_()
             self.label = nn.Embedding.from_pretrained(table, freeze=False)
         self.conv_in = nn.Conv2d(channels * patch ** 2, width, 3, padding=1)

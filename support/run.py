@@ -148,8 +148,8 @@ def orthogonal(matrices: list[Tensor]) -> list[Tensor]:
     A round x ← p(x xᵀ) x multiplies x by a polynomial in x xᵀ.  These commute, so the rounds need
     only the small x xᵀ, all of one size together, and x itself takes their product at the end.
     """
-    wide = [matrix.mT if len(matrix) > len(matrix.mT) else matrix for matrix in matrices]
-    wide, products = [x / (x.norm() + 1e-7) for x in wide], {}
+    scaled, products = [matrix / (matrix.norm() + 1e-7) for matrix in matrices], {}
+    wide = [x.mT if len(x) > len(x.mT) else x for x in scaled]
     for rows in {len(x) for x in wide}:
         alike = [i for i, x in enumerate(wide) if len(x) == rows]
         s = torch.stack([wide[i] @ wide[i].mT for i in alike])
@@ -158,8 +158,8 @@ def orthogonal(matrices: list[Tensor]) -> list[Tensor]:
             p = 3.4445 * one - 4.7750 * s + 2.0315 * s @ s
             s, product = p @ s @ p, p @ product
         products |= zip(alike, product)
-    wide = [products[i] @ x for i, x in enumerate(wide)]
-    return [x.mT if len(matrix) > len(matrix.mT) else x for matrix, x in zip(matrices, wide)]
+    near = [products[i] @ x for i, x in enumerate(wide)]
+    return [x.mT if len(matrix) > len(matrix.mT) else x for matrix, x in zip(matrices, near)]
 
 
 def optimizers(net: UNet, config: Config) -> list[torch.optim.Optimizer]:
