@@ -118,7 +118,7 @@ class UNet(nn.Module):
     channels and num_res_blocks residual blocks, one more on the way up; attention stands at the
     levels whose height is in attention_resolutions.  patch_size² pixels become the channels of one,
     which saves time; 1 is the paper.  The label num_classes means "no label".
-    Raises ValueError for sizes that do not fit together, and for images that it cannot halve.
+    Raises ValueError for sizes that do not fit together, as images that it cannot halve.
     """
 
     def __init__(self, config):
@@ -127,9 +127,11 @@ class UNet(nn.Module):
         if width % groups or width % 2:
             raise ValueError(f"{width} model channels are no even multiple of {groups} groups")
         self.width, self.patch = width, patch
-        self.factor = patch * 2 ** (len(config.channel_mult) - 1)
-        channels, height, image_width = config.image_shape
-        self.check_size(height, image_width)
+        factor = patch * 2 ** (len(config.channel_mult) - 1)
+        channels, *size = config.image_shape
+        if any(side % factor for side in size):
+            raise ValueError(f"this network cannot halve images of {size[0]}x{size[1]}: "
+                             f"both sides must be multiples of {factor}")
         c_time, last = 4 * width, config.channel_mult[0] * width
 
         self.time = nn.Sequential(nn.Linear(width, c_time), nn.SiLU(), nn.Linear(c_time, c_time))
@@ -183,13 +185,7 @@ class UNet(nn.Module):
                 for weight in module.qkv.weight.chunk(3):        # q, k and v are three maps in one
                     nn.init.xavier_uniform_(weight)
 
-    def check_size(self, height: int, width: int):
-        if height % self.factor or width % self.factor:
-            raise ValueError(f"this network cannot halve images of {height}x{width}: "
-                             f"both sides must be multiples of {self.factor}")
-
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        self.check_size(*x_t.shape[2:])
         temb = self.time(time_embedding(t, self.width))
         if self.label is not None:
             temb = temb + self.label(label)

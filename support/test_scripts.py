@@ -538,9 +538,14 @@ def options():
 
 @pytest.mark.parametrize("settings_, name, value", list(options()))
 def test_every_option_changes_its_setting_and_nothing_else(settings_, name, value):
-    """The command line: each setting by its name, of its type, and no other with it."""
+    """The command line: each setting by its name, of its type, and no other with it.  The help has
+    its default, if it has one.
+    """
     parser = console.Parser()
     config.add_options(parser, settings_)
+    default, told = getattr(settings_(), name), " ".join(parser.format_help().split())
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    assert "(None)" not in told and (shown is None or f"({shown})" in told)
     parts = value if isinstance(value, tuple) else (value,)
     flag = config.flag(name)
     argv = [flag, *map(str, parts)]
