@@ -1,11 +1,25 @@
 """Where it runs: the device, its precision, and the processes that share the work."""
 import atexit
+import ctypes
 import os
 import re
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3                    # their numbers in Linux's malloc.h
+
+
+def keep_memory():
+    """What is freed stays with the process, for the next step.  Linux would take large blocks back,
+    and give new pages for them in each step: a sixth of the time of Algorithm 2 on a CPU.
+    """
+    with suppress(AttributeError, OSError, TypeError):                # where there is no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -19,6 +33,8 @@ def choose_device(name: str | None = None) -> torch.device:
     except (RuntimeError, AssertionError):
         raise ValueError(f"there is no device {name!r} here: choose from "
                          f"{', '.join({best.type: 0, 'cpu': 0})}") from None
+    if device.type == "cpu":
+        keep_memory()
     return device
 
 

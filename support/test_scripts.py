@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import random
 import re
 import runpy
@@ -28,6 +29,7 @@ import zipfile
 import zlib
 from dataclasses import FrozenInstanceError, asdict, fields, replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -521,6 +523,24 @@ def test_bfloat16_is_not_used_where_the_library_may_not(monkeypatch):
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
         assert devices.precision(CPU, False) == expected, (capability, isa)
         assert devices.precision(CPU, True) == "float32"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the malloc of Linux")
+def test_what_is_freed_stays_for_the_next_step(monkeypatch):
+    """Memory: 32 MB, used over and over, are new to the process at most twice; elsewhere no harm."""
+    resource = pytest.importorskip("resource")
+
+    def pages():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            blocks = [np.ones(1 << 20, np.float32) for _ in range(8)]
+            del blocks
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    devices.choose_device("cpu")
+    assert pages() * resource.getpagesize() < 2 * (32 << 20)
+    for other in (TypeError, OSError, AttributeError):
+        monkeypatch.setattr(devices.ctypes, "CDLL", Mock(side_effect=other))
+        devices.keep_memory()
 
 
 # ── The settings ──────────────────────────────────────────────────────────────────────────────────
