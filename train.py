@@ -165,11 +165,11 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, compile: bool
 
 
 def draw_samples(run: Run, name: str):
-    """100 images that the averaged network draws, its labels in order."""
+    """100 images that the averaged network draws in 10 steps, its labels in order."""
     if run.rank == 0:
         classes = run.config.num_classes
         label = torch.arange(100, device=run.device) * classes // 100 if classes else None
-        for x_t in generate(run.ema, run.config, Sampling(), range(100), label):
+        for x_t in generate(run.ema, run.config, Sampling(steps=10), range(100), label):
             x0 = x_t
         write_png(run.folder / name, image_grid(to_pictures(x0), columns=10))
 
