@@ -177,7 +177,7 @@ def schedule_from(config: Config) -> Schedule:
             else linear(config.T, config.beta_1, config.beta_T))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(net: UNet, config: Config, sampling: Sampling, indices: range, label=None, known=None,
              watch=lambda x0: None) -> Iterator[Tensor]:
     """Walk the images `indices` from x_T to x_0; yields each x_t (B, C, H, W)           Algorithm 2

@@ -527,7 +527,7 @@ def test_bfloat16_is_not_used_where_the_library_may_not(monkeypatch):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the malloc of Linux")
 def test_what_is_freed_stays_for_the_next_step(monkeypatch):
-    """Memory: 32 MB, used over and over, are new to the process at most twice; elsewhere no harm."""
+    """Memory: 32 MB used over and over are new pages at most twice; elsewhere there is no harm."""
     resource = pytest.importorskip("resource")
 
     def pages():
