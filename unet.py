@@ -118,7 +118,7 @@ class UNet(nn.Module):
     channels and num_res_blocks residual blocks, one more on the way up; attention stands at the
     levels whose height is in attention_resolutions.  patch_size² pixels become the channels of one,
     which saves time; 1 is the paper.  The label num_classes means "no label".
-    Raises ValueError for sizes that do not fit together, as images that it cannot halve.
+    Raises ValueError for sizes that do not fit together, such as images that cannot be halved.
     """
 
     def __init__(self, config):

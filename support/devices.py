@@ -13,8 +13,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3                    # their numbers i
 
 
 def keep_memory():
-    """What is freed stays with the process, for the next step.  Linux would take large blocks back,
-    and give new pages for them in each step: a sixth of the time of Algorithm 2 on a CPU.
+    """Freed memory stays with the process, for the next step.  The C library of Linux would give it
+    back and ask for new pages in each step: a sixth of the time of Algorithm 2 on a CPU.
     """
     with suppress(AttributeError, OSError, TypeError):                # where there is no mallopt
         mallopt = ctypes.CDLL(None).mallopt

@@ -132,6 +132,13 @@ def test_the_network_is_trained_on_what_algorithm_1_says(coloured, call, watched
     assert all(torch.equal(shared["ema"][name], p.half()) for name, p in saved["ema"].items())
 
 
+def test_a_picture_of_the_training_takes_ten_steps(coloured, call, watched):
+    """Drawing: one step of training, then ten calls of the network at the squares of 1 .. 10."""
+    call(train, "--data", coloured, "--steps", 1, "--batch", 8, *SMALL)
+    assert [int(step.t[0]) for step in watched[1:]] == [1000, 810, 640, 490, 360, 250, 160, 90,
+                                                        40, 10]
+
+
 @pytest.mark.parametrize("named, schedule", [
     (["--schedule", "cosine", "--T", 5], ddpm.cosine(5)),
     (["--T", 5, "--beta-1", 0.2, "--beta-T", 0.7], ddpm.linear(5, 0.2, 0.7)), ([], ddpm.linear())])
