@@ -2,10 +2,11 @@
 
 The reference, in NumPy and float64.  Ho is Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic
 Models" (arXiv:2006.11239), N is Nair's article, V is Vizuara's (READING.md has them in full).  Each
-equation is one function, in Ho's symbols; `grep -nE "Ho.*[( ]4[,)]" *.py` finds (4) and its tests.
+equation is one function, in Ho's symbols, with one value to check by hand or by `pytest`;
+`grep -nE "Ho.*[( ]4[,)]" *.py` finds (4) and its proofs.
 
-Time runs t = 1..T and index 0 is the clean image.  Pixels live in [-1, 1].  Images have any one
-shape; t is an integer, or, in formulas without a loop, an array that broadcasts.
+Time runs t = 1..T and index 0 is the clean image.  Pixels live in [-1, 1].  Images may have any
+shape; t is an integer, or an array that broadcasts against them where a formula has no loop.
 
 `python ddpm.py` diffuses the letter T in two ways and draws both.
 """
@@ -69,8 +70,8 @@ def cosine(T: int = 1000) -> Schedule:
 def times(T: int, steps: int) -> np.ndarray:
     """τ_i = max(i, T (i/N)²), i = 0, …, N, rounded                                            DDIM
 
-    Most of the N = steps stand where little noise is left, as the details come there.  Song et al.
-    (2020), appendix D.2, have ⌊c i²⌋; the rounding, and that no two are the same, are ours.
+    Most of the N = steps lie where little noise is left, because fine detail appears there.  Song
+    et al. (2020), appendix D.2, take ⌊c i²⌋; rounding, and keeping all times distinct, is ours.
     """
     i = np.arange(steps + 1)
     return np.maximum(i, np.rint(T * (i / steps) ** 2).astype(int))
@@ -188,29 +189,29 @@ def eps_from_x0(x_t, t, x0, schedule):
 
 
 def l_simple(eps, eps_hat):
-    """L_simple = ‖ε − ε_θ(x_t, t)‖², the mean over the pixels                  Ho (14), N6, N7, V13
+    """L_simple = ‖ε − ε_θ(x_t, t)‖², the mean over all entries                 Ho (14), N6, N7, V13
 
-    Knowing nothing, ε_θ = 0, costs 1.  A perfect prediction of ε would cost 0, and no network
-    reaches that: x_t does not determine ε.  On N(0, 1) data the best is 0.2755,
-    the mean over t of ᾱ_t.
+    eps, eps_hat: arrays, or tensors on any device: train.py minimises this very function.
+    Predicting no noise, ε_θ = 0, costs 1.  A perfect prediction would cost 0, and no network
+    reaches that, since x_t does not determine ε.  On N(0, 1) data the least is 0.2755, the mean
+    over t of ᾱ_t.
     """
-    return np.mean((eps - eps_hat) ** 2)
+    return ((eps - eps_hat) ** 2).mean()
 
 
 # ── The letter T ──────────────────────────────────────────────────────────────────────────────────
 
 def main():
     """Document V's example: the letter T under V1 and under V2, 100 times each, and the figures."""
-    from support.images import image_grid, to_bytes, write_png
+    from support.pictures import image_grid, to_bytes, write_png
 
     letter = -np.ones((32, 32))
     letter[5:9, 5:27] = letter[5:27, 14:18] = 1
     ink = letter > 0
     schedule, rng = linear(), np.random.default_rng(0)
     naive = scaled = np.stack([letter] * 100)
-    shown, strips = [0, 50, 100, 200, 300, 500, 1000], []
-
-    print("The letter T, pixels -1 and 1; ink and paper: the mean pixel of each, over 100 draws\n")
+    shown, columns = [0, 50, 100, 200, 300, 500, 1000], []
+    print("The letter T, pixels -1 and 1: the mean pixel of ink and of paper, over 100 draws\n")
     print("            naive: x + √β ε  (V1)      scaled: √(1−β) x + √β ε  (V2, Ho 2)")
     print("    t      ink   paper   variance        ink   paper   variance   SNR   (V4)")
     for t in range(schedule.T + 1):
@@ -219,21 +220,19 @@ def main():
             naive = naive_step(naive, schedule.beta[t], eps)
             scaled = draw(*q_step(scaled, t, schedule), eps)
         if t in shown:
-            strips.append([naive[0], naive.mean(0), scaled[0], scaled.mean(0)])
+            columns.append([naive[0], naive.mean(0), scaled[0], scaled.mean(0)])
             row = [f"{x[:, ink].mean():8.3f}{x[:, ~ink].mean():8.3f}{x.var():11.3f}"
                    for x in (naive, scaled)]
             print(f"{t:5d} {row[0]}   {row[1]}   {snr(t, schedule) if t else np.inf:10.3g}")
-    # one scale for all, cut off at -2 and 2: so it shows that the variance grows
-    images = to_bytes(np.swapaxes(strips, 0, 1).reshape(-1, *letter.shape) / 2)
-    write_png("out/letter.png", image_grid(images, len(shown), zoom=3, captions=4 * shown))
-    print("\nnaive: the letter stays, under ever more noise; "
-          "scaled: the letter goes, the variance tends to 1")
-    print("drawn: out/letter.png; in each half one draw, and below it the mean of all 100; "
-          "next: python posterior.py")
+    # one grey scale for all, from -2 to 2, so that the growing variance can be seen
+    images = to_bytes(np.swapaxes(columns, 0, 1).reshape(-1, *letter.shape) / 2)
+    write_png("out/letter.png", image_grid(images, len(shown), zoom=3))
+    print("\nnaive: the letter stays, under ever more noise; scaled: the letter goes, the variance "
+          "tends to 1\ndrawn: out/letter.png, at these t, naive above: one draw, and under it the mean "
+          "of 100; next: python posterior.py")
 
 
 if __name__ == "__main__":
-    from support.console import one_line_errors
+    from support.console import run_script
 
-    with one_line_errors():
-        main()
+    run_script(main, __doc__)

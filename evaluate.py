@@ -1,10 +1,12 @@
 """How good is the network?  The bound on −log p(x_0), the least loss, copies.     Ho (5), V7, score
 
-`python evaluate.py` prints for your last checkpoint the three terms of the bound of held-out
-images, and how near its drawings come to the images that it was trained on.
+`python evaluate.py` takes your last checkpoint: it draws with the best network that there can be for
+the training images, and with yours, from the same noise; it prints the three terms of the bound for
+held-out images, and how near what is drawn comes to the images of the training.
 """
+from argparse import ArgumentParser
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,14 +15,17 @@ from torch import Tensor
 import ddpm
 import posterior
 from ddpm import Schedule
-from sample import LAST, SHIPPED, generate, on_device, q_sample, schedule_from
-from support.checkpoint import load_network
+from sample import LAST, SHIPPED, draw
 from support.config import Config, Sampling, add_options, given
-from support.console import Parser, Progress, one_line_errors
+from support.console import Progress, run_script
+from support.data import fingerprint, held_out_images, load, split, to_batch, to_pixels
 from support.devices import autocast, choose_device
-from support.images import (fingerprint, held_out_images, load, split, to_batch, to_pictures,
-                            to_pixels)
+from support.forward import on_device, q_sample, schedule_of
+from support.pictures import image_grid, write_png
+from support.weights import load_network
 
+
+# ── The bound ─────────────────────────────────────────────────────────────────────────────────────
 
 @torch.no_grad()
 def squared_errors(predict: Callable, schedule: Schedule, x0: Tensor, seed: int, each: int):
@@ -43,8 +48,8 @@ def squared_errors(predict: Callable, schedule: Schedule, x0: Tensor, seed: int,
         eps, _, eps_hat = noisy(i, t)
         errors[t] = (eps - eps_hat).square().mean((1, 2, 3)).cpu().numpy()
         progress(t, f"the bound: t = {t} of {schedule.T}")
-    parts = [noisy(i, 1)[1:] for i in torch.arange(len(x0), device=x0.device).split(each)]
-    return errors, *(torch.cat(part).cpu().double().numpy() for part in zip(*parts))
+    _, x_1, eps_hat = noisy(torch.arange(len(x0), device=x0.device), 1)
+    return errors, x_1.cpu().double().numpy(), eps_hat.cpu().double().numpy()
 
 
 def bound(predict: Callable, schedule: Schedule, x0: Tensor, seed: int = 0, each: int = 32) -> dict:
@@ -62,7 +67,7 @@ def bound(predict: Callable, schedule: Schedule, x0: Tensor, seed: int = 0, each
         constant = posterior.matching_constant(t, sigma2[t], schedule)
         matching = C_t * errors[t].mean(1) + constant
         error = np.sqrt((C_t ** 2 * errors[t].var(1, ddof=1) / each).sum())
-        l_0 = posterior.L_0(clean, mean_0, sigma2[1], erfc).mean((1, 2, 3)) / np.log(2)
+        l_0 = posterior.L_0(clean, mean_0, sigma2[1]).mean((1, 2, 3)) / np.log(2)
         terms[variance] = {
             "L_T": (posterior.bits_per_dim(posterior.L_T(clean, schedule)), 0.0),
             "L_{t-1}": (matching.sum() / np.log(2), error / np.log(2)),
@@ -70,35 +75,52 @@ def bound(predict: Callable, schedule: Schedule, x0: Tensor, seed: int = 0, each
     return terms
 
 
-def erfc(x: np.ndarray) -> np.ndarray:
-    """All pixels at once: NumPy has none, and math.erfc takes one number at a time."""
-    return torch.special.erfc(torch.from_numpy(x)).numpy()
+def print_bound(net, config: Config, images: np.ndarray, labels: np.ndarray | None):
+    """The terms for these images, as the paper reports them: section 4.3."""
+    device = next(net.parameters()).device
+    x0 = to_batch(torch.from_numpy(images).to(device))
+    label = None if labels is None else torch.from_numpy(labels).to(device)
+
+    def predict(x_t, t, i):
+        with autocast(device, config.float32):         # in parts as large as those of the training
+            return torch.cat([net(x, t[:len(x)], None if label is None else label[j])
+                              for x, j in zip(x_t.split(config.batch), i.split(config.batch))])
+    found = bound(predict, schedule_of(config), x0)
+    print(f"\n−log p(x_0) of {len(x0)} held-out images is at most, in bits per dimension:")
+    print("sigma²        regularization L_T    matching Σ L_{t−1}   reconstruction L_0       total")
+    for variance, terms in found.items():
+        total = sum(mean for mean, _ in terms.values())
+        error = np.sqrt(sum(error ** 2 for _, error in terms.values()))
+        row = "".join(f"{mean:14.4f} ± {error:.4f}" for mean, error in terms.values())
+        print(f"{variance:10} {row}{total:12.4f} ± {error:.4f}")
+    print("rate = L_T + Σ L_{t−1}, distortion = L_0; ± one standard error of the estimate")
 
 
-# ── The network that cannot be better, and copies ─────────────────────────────────────────────────
+# ── The best network that there can be, and copies ────────────────────────────────────────────────
 
 def least_loss(images: np.ndarray, labels: np.ndarray | None, config: Config,
-               draws: int = 400) -> np.ndarray:
-    """min over all ε_θ of L_simple on these images, by quarter of t: that of best_x0.         score
+               draws: int = 400) -> tuple[float, int]:
+    """min over all ε_θ of L_simple on these images, that of best_x0, and of how many of them. score
 
-    images: (N, H, W, C) uint8, of which the first 10,000 are taken.  Estimated from `draws` pairs
-    of image and noise, with t spread evenly over 1..T.  A network that is told the label compares
-    x_t with the images of that label alone.
+    images: (N, H, W, C) uint8, of which at most 10,000 training images are taken, and no more than
+    fit into 128 MB.  Estimated from `draws` pairs of image and noise, with t spread evenly over
+    1..T, and from fewer pairs of larger images.  A network that is given the label compares x_t
+    with the images of that label alone.
     """
-    schedule, rng = schedule_from(config), np.random.default_rng(config.seed)
-    x = to_pixels(images[:10_000].astype(np.float64)).reshape(min(len(images), 10_000), -1)
+    schedule, rng, pixels = schedule_of(config), np.random.default_rng(config.seed), images[0].size
+    chosen = split(len(images))[0][:min(10_000, max(2, 2 ** 24 // pixels))]
+    draws = min(draws, max(4, 2 ** 25 // pixels))
+    x = to_pixels(images[chosen]).reshape(len(chosen), -1)
     t = 1 + np.arange(draws) * schedule.T // draws
     i, dropped = rng.integers(len(x), size=draws), rng.random(draws) < config.p_uncond
-    eps = rng.standard_normal((draws, x.shape[1]))
+    eps = rng.standard_normal((draws, pixels))
     x_t, best = ddpm.q_sample(x[i], t[:, None], eps, schedule), np.empty_like(eps)
-    label = np.zeros(len(x), int) if labels is None else labels[:len(x)]
-    told = np.where(dropped, -1, label[i])
-    for this in np.unique(told):
-        same = x[(label == this) | (this == -1)]
-        best[told == this] = posterior.best_x0(x_t[told == this], t[told == this], same, schedule)
-    errors = (eps - ddpm.eps_from_x0(x_t, t[:, None], best, schedule)) ** 2
-    quarter = (t - 1) * 4 // schedule.T
-    return np.array([errors[quarter == q].mean() if q in quarter else np.nan for q in range(4)])
+    label = np.zeros(len(x), int) if labels is None else labels[chosen]
+    given_label = np.where(dropped, -1, label[i])
+    for c in np.unique(given_label):
+        these, candidates = given_label == c, x[(label == c) | (c == -1)]
+        best[these] = posterior.best_x0(x_t[these], t[these], candidates, schedule)
+    return ddpm.l_simple(eps, ddpm.eps_from_x0(x_t, t[:, None], best, schedule)), len(x)
 
 
 def nearest(images: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -106,69 +128,76 @@ def nearest(images: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.nd
 
     Both uint8, (…, H, W, C): whole numbers, so the distance between equal images is exactly 0.
     """
-    x, best = images.reshape(len(images), -1).astype(np.float64), []
-    for part in np.array_split(training.reshape(len(training), -1), -(-len(training) // 10_000)):
-        x_i = part.astype(np.float64)
-        best.append((x ** 2).sum(1)[:, None] - 2 * x @ x_i.T + (x_i ** 2).sum(1))
-    squared = np.concatenate(best, axis=1)
+    x, squared = images.reshape(len(images), -1).astype(np.float64), []
+    at_once = max(1, 2 ** 23 // x.shape[1])
+    for first in range(0, len(training), at_once):
+        x_i = training[first:first + at_once].reshape(-1, x.shape[1]).astype(np.float64)
+        squared.append((x ** 2).sum(1)[:, None] - 2 * x @ x_i.T + (x_i ** 2).sum(1))
+    squared = np.concatenate(squared, axis=1)
     return np.sqrt(squared.min(1) / x.shape[1]) / 127.5, squared.argmin(1)
 
 
 def print_copies(net, config: Config, images: np.ndarray, held_out: np.ndarray):
     """How near drawn images come to those of the training, beside how near held-out ones do."""
-    labels = torch.arange(len(held_out), device=next(net.parameters()).device)
-    label = labels % config.num_classes if config.num_classes else None
-    *_, x0 = generate(net, config, Sampling(), range(len(held_out)), label)
+    n = len(held_out)
+    labels = np.arange(n) % config.num_classes if config.num_classes else None
+    drawn = draw(net, config, Sampling("dpm", steps=20, n=n, batch=config.batch), labels)[-1]
     print(f"\nDistance to the nearest of {len(images)} training images, RMS per pixel:")
     print("                         least   median    (a copy: 0)")
-    for name, shown in ((f"{len(held_out)} held-out images", held_out),
-                        (f"{len(held_out)} drawn images", to_pictures(x0))):
+    for name, shown in (("held-out", held_out), ("drawn", drawn)):
         distance = nearest(shown, images)[0]
-        print(f"{name:22}{distance.min():8.4f} {np.median(distance):8.4f}")
+        print(f"{f'{n} {name} images':22}{distance.min():8.4f} {np.median(distance):8.4f}")
 
 
-def print_bound(path: Path, data: str | None = None, device: str | None = None):
-    """The terms for at most 1000 held-out images, as the paper reports them: section 4.3."""
-    device = choose_device(device)
-    net, config = load_network(path, device)
-    training = load(data or config.data)
-    known = fingerprint(*training) == config.fingerprint
-    if data is None and not known:
-        raise ValueError(f"{path} was trained on other images than those that ship: name images "
-                         "that it has not seen with --data")
-    images, labels = held_out_images(data, config, least=2, most=1000)
-    if config.num_classes and (labels is None or labels.max() >= config.num_classes):
-        raise ValueError(f"the network was trained with labels 0 .. {config.num_classes - 1}; "
-                         "--data has others")
-    x0 = to_batch(torch.from_numpy(images).to(device))
-    label = torch.from_numpy(labels).to(device) if config.num_classes else None
-    print(f"{path} on {device}: {len(x0)} held-out images")
+def draw_perfectly(net, config: Config, images: np.ndarray, labels: np.ndarray | None):
+    """Ten images of the perfect network, the training images nearest to them, and ten of ours: from
+    the same x_T and z, with the same labels.
+    """
+    schedule, x = schedule_of(config), to_pixels(images.transpose(0, 3, 1, 2))
+    label = np.arange(10) % config.num_classes if config.num_classes else None
+    known = [x] * 10 if label is None else [x[labels == c] for c in label]
 
-    def predict(x_t, t, i):
-        with autocast(device, config.float32):
-            return net(x_t, t - 1 + config.first_t, None if label is None else label[i])
-    found = bound(predict, schedule_from(config), x0)
-    print("\n−log p(x_0) of held-out images is at most, in bits per dimension:")
-    print("sigma²        regularization L_T    matching Σ L_{t−1}   reconstruction L_0       total")
-    for variance, terms in found.items():
-        total = sum(mean for mean, _ in terms.values())
-        error = np.sqrt(sum(error ** 2 for _, error in terms.values()))
-        row = "".join(f"{mean:14.5f} ± {error:.4f}" for mean, error in terms.values())
-        print(f"{variance:10} {row}{total:12.4f} ± {error:.4f}")
-    print("rate = L_T + Σ L_{t−1}, distortion = L_0; ± one standard error of the estimate")
-    if known:
-        print_copies(net, config, split(training[0])[0], images[:100])
+    def perfect(x_t, t, label=None):
+        noisy, t = x_t.cpu().double().numpy(), int(t[0])
+        x0 = np.concatenate([posterior.best_x0(noisy[k:k + 1], t, known[k], schedule)
+                             for k in range(10)])
+        return torch.from_numpy(ddpm.eps_from_x0(noisy, t, x0, schedule)).to(x_t)
+    print("Drawn from the same x_T: distance to the nearest training image, RMS per pixel")
+    rows = []
+    for name, forward in (("perfect", perfect), ("ours", net.forward)):
+        net.forward = forward
+        drawn = draw(net, config, Sampling(steps=50, n=10), label)[-1]
+        distance, index = nearest(drawn, images)
+        print(f"{name:8}" + "".join(f"{d:8.3f}" for d in distance))
+        rows += [drawn, images[index]]
+    write_png("out/perfect.png", image_grid(np.concatenate(rows[:3]), columns=10))
+    print("drawn: out/perfect.png: the perfect network's, the nearest training images, and ours")
 
 
-@one_line_errors()
 def main():
-    parser = Parser(description="Print the bound on -log p(x_0) of held-out images, and how near "
-                                "drawn ones come to those of the training.")
+    parser = ArgumentParser(description=__doc__.split("\n\n")[1])
     add_options(parser, Sampling, "weights", "data", "device")
-    chosen = Sampling(**given(parser.parse_args(), Sampling))
+    chosen = Sampling(**given(parser.parse_args()))
     path = chosen.weights or (LAST if LAST.exists() else SHIPPED)
-    print_bound(path, chosen.data, chosen.device)
+    net, config = load_network(path, choose_device(chosen.device))
+    most = max(2, 2 ** 23 // np.prod(config.image_shape))          # so many fit into 64 MB
+    images, labels = load(chosen.data or config.data, with_labels=config.num_classes > 0)
+    unseen = held_out_images(chosen.data, config, 2, min(1000, most))
+    if config.num_classes and (labels is None or labels.max() >= config.num_classes):
+        raise ValueError(f"the network was trained with labels 0 .. {config.num_classes - 1}; these "
+                         "images have others")
+    seen = fingerprint(images, labels) == config.fingerprint
+    training = split(len(images))[0][:10 * most]
+    images, labels = images[training], None if labels is None else labels[training]
+    print(f"{path} on {next(net.parameters()).device}")
+    draw_perfectly(net, config, images[:most], labels)
+    if not seen and chosen.data is None:
+        return print(f"no bound: {path} was not trained on the digits in assets/, or on others too; "
+                     "name images that it has not seen with --data")
+    print_bound(net, config, *unseen)
+    if seen:
+        print_copies(net, config, images, unseen[0][:100])
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -4,12 +4,12 @@ The reference, in NumPy and float64: the true posterior q(x_{t−1} | x_t, x_0),
 needed for, the reverse step that replaces x_0 by a prediction, and the bound on −log p(x_0) that
 says how good the prediction must be.  Symbols, tags and shapes as in ddpm.py.
 
-`python posterior.py` diffuses a digit to noise and walks it back with the true posterior.
+`python posterior.py` diffuses a digit to noise and takes it back with the true posterior.
 """
 import math
 
 import numpy as np
-from numpy import log, sqrt
+from numpy import log, log1p, sqrt
 
 from ddpm import Schedule, draw, eps_from_x0, linear, log_normal, q_marginal, q_step
 
@@ -31,7 +31,7 @@ from ddpm import Schedule, draw, eps_from_x0, linear, log_normal, q_marginal, q_
 def beta_tilde(t, schedule: Schedule):
     """β̃_t = (1−ᾱ_{t−1})/(1−ᾱ_t) β_t                                                     Ho (7), V8
 
-    t: 1..T.  0 at t = 1: x_0 is given, so nothing is left to know.
+    t: 1..T.  0 at t = 1, where x_0 itself is given.
     """
     return schedule.one_minus_alpha_bar[t - 1] / schedule.one_minus_alpha_bar[t] * schedule.beta[t]
 
@@ -96,13 +96,15 @@ def reverse_variance(variance: str, schedule: Schedule) -> np.ndarray:
 
 def kl(mean_1, variance_1, mean_2, variance_2):
     """KL(N_1 ‖ N_2) = ½ [ln(v_2/v_1) + v_1/v_2 − 1 + (m_1−m_2)²/v_2], in nats per pixel       KL"""
-    ratio = variance_1 / variance_2
-    return (ratio - 1 - log(ratio) + (mean_1 - mean_2) ** 2 / variance_2) / 2
+    gap = variance_1 - variance_2
+    # ln(v_1/v_2), with all its digits where v_1 is nearly v_2
+    log_ratio = np.sign(gap) * log1p(abs(gap) / np.minimum(variance_1, variance_2))
+    return (gap / variance_2 - log_ratio + (mean_1 - mean_2) ** 2 / variance_2) / 2
 
 
 # ── The matching term L_{t−1}, three ways ─────────────────────────────────────────────────────────
-# KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)) with equal variances σ_t² has only its last part
-# left.  Each form is the one above it with the means put in.  All are nats per pixel.
+# If both variances are σ_t², only the last part of KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)) is
+# left.  Each form is the one above it with the means put in.  All are in nats per pixel.
 
 def matching_mean(mu_tilde, mu, sigma2):
     """L_{t−1} = ‖μ̃ − μ_θ‖² / (2σ_t²)                                                Ho (8), V10"""
@@ -135,7 +137,7 @@ def matching_eps(eps, eps_hat, t, sigma2, schedule: Schedule):
 
 
 def matching_constant(t, sigma2, schedule: Schedule):
-    """½ [β̃_t/σ_t² − 1 + ln(σ_t²/β̃_t)], t > 1: what L_{t−1} keeps if σ_t² ≠ β̃_t       constant"""
+    """½ [β̃_t/σ_t² − 1 + ln(σ_t²/β̃_t)], t > 1: the part of L_{t−1} without the means   constant"""
     return kl(0.0, beta_tilde(t, schedule), 0.0, sigma2)
 
 
@@ -149,30 +151,30 @@ def matching_constant(t, sigma2, schedule: Schedule):
 #           + Σ_{t>1} KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t))      L_{t−1}: matching
 #           − log p(x_0 | x_1) ]                                        L_0: reconstruction
 
-def path_bound(path, reverse, schedule: Schedule):
-    """log q(x_{1:T} | x_0) − log p(x_{0:T}) along one path x_0, x_1 .. x_T           Ho (3, 16), V7
+def trajectory_bound(trajectory, reverse, schedule: Schedule):
+    """log q(x_{1:T} | x_0) − log p(x_{0:T}) along one trajectory x_0 .. x_T          Ho (3, 16), V7
 
     reverse(x_t, t): the pair (mean, variance) of p(x_{t−1} | x_t).  Nats, summed over the pixels.
     """
-    total = -log_normal(path[-1], 0.0, 1.0)
+    total = -log_normal(trajectory[-1], 0.0, 1.0)
     for t in range(1, schedule.T + 1):
-        total = total + log_normal(path[t], *q_step(path[t - 1], t, schedule))
-        total = total - log_normal(path[t - 1], *reverse(path[t], t))
+        total = total + log_normal(trajectory[t], *q_step(trajectory[t - 1], t, schedule))
+        total = total - log_normal(trajectory[t - 1], *reverse(trajectory[t], t))
     return np.sum(total)
 
 
-def path_terms(path, reverse, schedule: Schedule):
-    """The same, telescoped: (L_T, Σ_{t>1} L_{t−1}, L_0) along one path                   Ho (5), V7
+def trajectory_terms(trajectory, reverse, schedule: Schedule):
+    """The same, telescoped: (L_T, Σ_{t>1} L_{t−1}, L_0) along one trajectory             Ho (5), V7
 
-    The three sum to path_bound exactly; their expectations over q are the KL's above.
+    The three sum to trajectory_bound exactly; their expectations over q are the KL's above.
     """
-    x0, x_T = path[0], path[-1]
+    x0, x_T = trajectory[0], trajectory[-1]
     l_T = log_normal(x_T, *q_marginal(x0, schedule.T, schedule)) - log_normal(x_T, 0.0, 1.0)
     matching = np.zeros_like(x0)
     for t in range(2, schedule.T + 1):
-        matching += log_normal(path[t - 1], *posterior(path[t], x0, t, schedule))
-        matching -= log_normal(path[t - 1], *reverse(path[t], t))
-    l_0 = -log_normal(x0, *reverse(path[1], 1))
+        matching += log_normal(trajectory[t - 1], *posterior(trajectory[t], x0, t, schedule))
+        matching -= log_normal(trajectory[t - 1], *reverse(trajectory[t], t))
+    l_0 = -log_normal(x0, *reverse(trajectory[1], 1))
     return np.sum(l_T), np.sum(matching), np.sum(l_0)
 
 
@@ -184,13 +186,14 @@ def L_T(x0, schedule: Schedule):
     return kl(*q_marginal(x0, schedule.T, schedule), 0.0, 1.0)
 
 
-def L_0(x0, mean, sigma2, erfc=np.vectorize(math.erfc, otypes=[float])):
+def L_0(x0, mean, sigma2):
     """L_0 = −log ∫ N(x; μ_θ(x_1, 1), σ_1²) dx over the bin of x_0, in nats per pixel        Ho (13)
 
     x0: pixels k/127.5 − 1, k = 0..255.  The bins are 2/255 wide, the first and last open outwards.
     """
     upper = np.where(x0 > 0.999, np.inf, (x0 + 1 / 255 - mean) / sqrt(sigma2))
     lower = np.where(x0 < -0.999, -np.inf, (x0 - 1 / 255 - mean) / sqrt(sigma2))
+    erfc = np.vectorize(math.erfc, otypes=[float])
     # Φ(upper) − Φ(lower) loses all digits far right of the mean; there the mirror image is exact.
     mirrored = lower > 0
     upper, lower = np.where(mirrored, -lower, upper), np.where(mirrored, -upper, lower)
@@ -236,73 +239,37 @@ def best_x0(x_t, t, images, schedule: Schedule):
     return ((w @ x_i) / w.sum(axis=1, keepdims=True)).reshape(x_t.shape)
 
 
-# ── A digit, there and back; and what the perfect network draws ───────────────────────────────────
+# ── A digit, there and back ───────────────────────────────────────────────────────────────────────
 
-def walk_back():
-    """Document V's example: a digit walked back from x_T, x_0 given, and how A1 and A2 change."""
-    from support.images import image_grid, load, to_bytes, to_pixels, write_png
+def main():
+    """Document V's example: a digit taken back from x_T, x_0 given, and how A1 and A2 change."""
+    from support.data import load, to_pixels
+    from support.pictures import image_grid, to_bytes, write_png
 
     x0 = to_pixels(load()[0][7])
     schedule, rng = linear(), np.random.default_rng(0)
     shown = [601, 401, 201, 101, 51, 21, 11, 3, 1]
     x_t = draw(*q_marginal(x0, schedule.T, schedule), rng.standard_normal(x0.shape))
-    strip = [x_t]
+    trajectory = [x_t]
 
     print("Towards the image, t = 1000 .. 1:  x_{t−1} = A1 x_t + A2 x_0 + √β̃ z   (V8, V9, V14)\n")
     print("    t        A1          A2          β̃      ‖x_{t−1} − x_0‖")
     for t in range(schedule.T, 0, -1):
         x_t = draw(*posterior(x_t, x0, t, schedule), rng.standard_normal(x0.shape))
         if t in shown:
-            strip.append(x_t)
+            trajectory.append(x_t)
             print(f"{t:5d}   {A1(t, schedule):9.6f}   {A2(t, schedule):9.6f}   "
                   f"{beta_tilde(t, schedule):.3e}   {sqrt(np.mean((x_t - x0) ** 2)):12.6f}")
     t = np.arange(1, schedule.T + 1)
     print(f"\nA2 only grows, from {A2(schedule.T, schedule):.6f} to 1.  A1 grows to "
-          f"{A1(t, schedule).max():.5f} at t = {t[A1(t, schedule).argmax()]}, then falls to 0.")
-    print("Far out x_{t−1} is nearly x_t; near the image x_0 decides, and at t = 1 alone.")
-    write_png("out/posterior.png", image_grid(to_bytes(np.array(strip)), len(strip),
-                                                captions=[schedule.T, *(t - 1 for t in shown)]))
-
-
-def draw_perfectly():
-    """The perfect network's digits, the training images nearest to them, and what the network that
-    ships makes of the same x_T, the same z and the same labels 0 .. 9.
-    """
-    import torch
-
-    from evaluate import nearest
-    from sample import SHIPPED, generate
-    from support.checkpoint import load_network
-    from support.config import Sampling
-    from support.images import image_grid, load, split, to_pictures, to_pixels, write_png
-
-    schedule = linear()
-    images, labels = (split(array)[0] for array in load())
-    pixels = to_pixels(images.transpose(0, 3, 1, 2).astype(np.float64))
-    digits = [pixels[labels == c] for c in range(10)]
-    net, config = load_network(SHIPPED, torch.device("cpu"))
-
-    def perfect(x_t, t, label):
-        x_t, t = x_t.double().numpy(), int(t[0])
-        x0 = np.stack([best_x0(x_t[c:c + 1], t, digits[c], schedule)[0] for c in range(10)])
-        return torch.from_numpy(eps_from_x0(x_t, t, x0, schedule)).float()
-
-    print("\nDrawn from the same x_T: distance to the nearest digit in assets/, RMS per pixel")
-    rows = []
-    for name, forward in (("perfect", perfect), ("ours", net.forward)):
-        net.forward = forward
-        *_, x0 = generate(net, config, Sampling("ddpm", steps=50), range(10), torch.arange(10))
-        drawn = to_pictures(x0)
-        distance, index = nearest(drawn, images)
-        print(f"{name:8}" + "".join(f"{d:8.3f}" for d in distance))
-        rows += [drawn, images[index]]
-    write_png("out/perfect.png", image_grid(np.concatenate(rows[:3]), columns=10))
+          f"{A1(t, schedule).max():.5f} at t = {t[A1(t, schedule).argmax()]}, then falls to 0.\n"
+          "At large t, x_{t−1} is nearly x_t; near the image x_0 decides, and at t = 1 x_0 alone.")
+    write_png("out/posterior.png", image_grid(to_bytes(np.array(trajectory)), len(trajectory)))
+    print("drawn: out/posterior.png, x_t before the first and after each of these steps; "
+          "next: python train.py")
 
 
 if __name__ == "__main__":
-    from support.console import one_line_errors
+    from support.console import run_script
 
-    with one_line_errors():
-        walk_back()
-        draw_perfectly()
-        print("drawn: out/posterior.png, x_T to x_0; out/perfect.png; next: python train.py")
+    run_script(main, __doc__)

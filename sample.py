@@ -1,94 +1,67 @@
 """Algorithm 2, faster samplers, guidance and completion.         N4, N8, DDIM, DPM, CFG, completion
 
-PyTorch, batched, on any device; the tables come from ddpm.py in float64 and are cast once, and
-test_math.py holds every step against the NumPy reference.
+PyTorch, batched, on any device; test_math.py holds each step against the NumPy reference.
 
-`python sample.py` draws a sheet of digits from your last checkpoint, or from the one that ships.
+`python sample.py` is Algorithm 2: it draws 100 digits with your last checkpoint, or with the network
+that ships.  `python sample.py --sampler dpm --steps 20` does so in two seconds.
 """
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm import Schedule, cosine, linear, respaced, snr, times
+from ddpm import Schedule, respaced, snr, times
 from posterior import beta_tilde
-from support.checkpoint import load_network
 from support.config import DIGITS, Config, Sampling, add_options, given
-from support.console import Parser, one_line_errors
+from support.console import Progress, run_script
+from support.data import held_out_images, to_batch
 from support.devices import autocast, choose_device
-from support.drawing import draw_all, image_noise, projection
+from support.drawing import image_noise, labels_for, projection
+from support.forward import eps_from_x0, on_device, q_sample, schedule_of, x0_from_eps
+from support.pictures import atomic_write, encode_png, image_grid, to_pictures
+from support.weights import load_network
 from unet import UNet
 
-LAST, SHIPPED = Path("out/checkpoint.pt"), DIGITS.with_name("digits.pt")
-
-
-# ── The formulas of ddpm.py that are needed here, in PyTorch ──────────────────────────────────────
-# t: one integer for all images; in q_sample and its inversions also a tensor with one for each.
-
-def on_device(schedule: Schedule, device) -> Schedule:
-    """The float64 tables of ddpm.py, cast to float32 once."""
-    return Schedule(*(torch.tensor(table).to(torch.float32).to(device) for table in schedule))
-
-
-def root(table: Tensor, t) -> Tensor:
-    return table[t].sqrt().reshape(-1, 1, 1, 1)
-
-
-def q_sample(x0, t, eps, schedule):
-    """x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε                                                Ho (4), N3, V3"""
-    return root(schedule.alpha_bar, t) * x0 + root(schedule.one_minus_alpha_bar, t) * eps
-
-
-def x0_from_eps(x_t, t, eps, schedule):
-    """x̂_0 = (x_t − √(1−ᾱ_t) ε_θ)/√ᾱ_t                                            Ho (9, 15), N5"""
-    return (x_t - root(schedule.one_minus_alpha_bar, t) * eps) / root(schedule.alpha_bar, t)
-
-
-def eps_from_x0(x_t, t, x0, schedule):
-    """ε = (x_t − √ᾱ_t x̂_0)/√(1−ᾱ_t)                                              Ho (9, 15), N5"""
-    return (x_t - root(schedule.alpha_bar, t) * x0) / root(schedule.one_minus_alpha_bar, t)
+LAST, SHIPPED = Path("out/checkpoint.safetensors"), DIGITS.with_name("digits.safetensors")
+COMPLETIONS = 4             # of each image, with --keep
 
 
 # ── Algorithm 2 ───────────────────────────────────────────────────────────────────────────────────
 
-def algorithm_2(step: Callable, T: int, noise: Callable) -> Iterator[Tensor]:
-    """x_T, x_{T−1}, …, x_0, one after another                                   Algorithm 2, N4, N8
+def algorithm_2(step: Callable, T: int, noise: Callable) -> Iterator[tuple]:
+    """x_T, x_{T−1}, …, x_0, each with the x̂_0 that led to it                    Algorithm 2, N4, N8
 
-    step(x_t, t, z) → x_{t−1}: by Ho (11), or faster, or guided.  noise() → a fresh ε ~ N(0, I).
+    step(x_t, t, z, x̂_0 of the step before) → (x_{t−1}, x̂_0).  noise() → a fresh ε ~ N(0, I).
     """
-    x_t = noise()                                               # 1: x_T ~ N(0, I)
-    yield x_t
+    x_t, x0 = noise(), None                                     # 1: x_T ~ N(0, I)
+    yield x_t, x0
     for t in range(T, 0, -1):                                   # 2: for t = T, …, 1 do
         z = noise() if t > 1 else torch.zeros_like(x_t)         # 3:   z ~ N(0, I) if t > 1, else 0
-        x_t = step(x_t, t, z)                                   # 4:   x_{t−1} = μ_θ(x_t, t) + σ_t z
-        yield x_t                                               # 5: end for, 6: return x_0
+        x_t, x0 = step(x_t, t, z, x0)                           # 4:   x_{t−1} = μ_θ(x_t, t) + σ_t z
+        yield x_t, x0                                           # 5: end for, 6: return x_0
 
 
-def sampler_step(eps_theta, schedule, sampling, watch=lambda x0: None) -> Callable:
-    """step(x_t, t, z) → x_{t−1}, for one walk: ε_θ(x_t, t), then one of the three steps below.
+def sampler_step(eps_theta: Callable, schedule: Schedule, sampling: Sampling) -> Callable:
+    """The step of Algorithm 2 that predicts ε_θ(x_t, t) and then takes one of the three below.
 
-    clip: x̂_0 is clamped to [-1, 1] and ε_θ recomputed from it, so that Ho (11) uses it too.
-    Algorithm 2 has no such line; its authors' code has.  watch: sees each x̂_0.
+    clip: x̂_0 is clamped to [-1, 1] and ε_θ computed anew from it, so that Ho (11) uses it too.
+    Algorithm 2 has no such line; its authors' code has.
     """
-    x0_prev = None
-
-    def step(x_t, t, z):
-        nonlocal x0_prev
+    def step(x_t, t, z, x0_prev):
         eps = eps_theta(x_t, t)
         x0 = x0_from_eps(x_t, t, eps, schedule)
         if sampling.clip:
             x0 = x0.clamp(-1, 1)
             eps = eps_from_x0(x_t, t, x0, schedule)
-        watch(x0)
         if sampling.sampler == "ddpm":
-            return ddpm_step(x_t, t, eps, z, schedule, sampling.variance)
-        # completion changes x_{t−1} after the step, so x0_prev is not of this path: no dpm_step
-        if sampling.sampler == "ddim" or sampling.keep:
-            return ddim_step(x_t, t, x0, z, schedule, sampling.eta_used)
-        before, x0_prev = x0_prev, x0
-        return dpm_step(x_t, t, x0, before, z, schedule, sampling.eta_used)
+            return ddpm_step(x_t, t, eps, z, schedule, sampling.variance), x0
+        if sampling.sampler == "ddim":
+            return ddim_step(x_t, t, x0, z, schedule, sampling.eta), x0
+        return dpm_step(x_t, t, x0, x0_prev, z, schedule, sampling.eta), x0
     return step
 
 
@@ -121,9 +94,9 @@ def dpm_step(x_t, t, x0, x0_prev, z, schedule, eta=0.0):
     """x_{t−1} = √(1−ᾱ_{t−1})/√(1−ᾱ_t) x_t − √ᾱ_{t−1} (e^{−h} − 1) D              DPM-Solver++(2M)
 
     Lu et al. (2022), arXiv:2211.01095: λ = ln(√ᾱ/√(1−ᾱ)) = ½ ln SNR, h = λ_{t−1} − λ_t,
-    r = h_prev/h, and from the two latest x̂_0 D = (1 + 1/(2r)) x̂_0 − 1/(2r) x̂_0 prev: x̂_0 as of
-    half a step ahead.
-    That is DDIM's step with D for x̂_0, and so it is written; η = 1 gives the solver's SDE form.
+    r = h_prev/h, and from the two latest x̂_0 D = (1 + 1/(2r)) x̂_0 − 1/(2r) x̂_0 prev, which is x̂_0
+    extrapolated by half a step.  This is DDIM's step with D in place of x̂_0, and so it is written;
+    η = 1 gives the solver's SDE form.
     D = x̂_0 where λ is infinite or x̂_0 has no predecessor: in the first step, in the last, and
     after ᾱ = 0 in float32.
     """
@@ -135,11 +108,12 @@ def dpm_step(x_t, t, x0, x0_prev, z, schedule, eta=0.0):
     return ddim_step(x_t, t, D, z, schedule, eta)
 
 
-# ── Guidance, and completion: a step around a step ────────────────────────────────────────────────
+# ── Guidance and completion ───────────────────────────────────────────────────────────────────────
 
 def guided(net: Callable, x_t: Tensor, t: Tensor, label: Tensor, scale: float, null: int) -> Tensor:
-    """ε = ε_null + s (ε_label − ε_null)               CFG: Ho and Salimans (2022), arXiv:2207.12598
+    """ε = ε_null + s (ε_label − ε_null)                                   CFG: Ho and Salimans 2022
 
+    Line 3 of their Algorithm 2, on both predictions at once.  null: the label that means "none".
     s = 0 ignores the label, s = 1 follows it, s > 1 exaggerates it: s = 1 + w of their (6).
     """
     nothing = torch.full_like(label, null)
@@ -159,12 +133,12 @@ def completed(step: Callable, known: Tensor, project: Callable, schedule: Schedu
     resample > 1 goes back to x_t by Ho (2) and steps again, so that known and drawn parts agree:
     RePaint's Algorithm 1, jump length 1, with ᾱ_{t−1}, √(1−ᾱ_{t−1}) in line 5 and β_t in line 10.
     """
-    def complete(x_t, t, z):
+    def complete(x_t, t, z, x0_prev):
         for u in range(1, resample + 1):
-            x_prev = step(x_t, t, z)
+            x_prev, x0 = step(x_t, t, z, x0_prev)
             x_prev = x_prev + project(q_sample(known, t - 1, noise(), schedule) - x_prev)
             if u == resample or t == 1:
-                return x_prev
+                return x_prev, x0
             x_t = schedule.alpha[t].sqrt() * x_prev + schedule.beta[t].sqrt() * noise()
             z = noise()
     return complete
@@ -172,53 +146,97 @@ def completed(step: Callable, known: Tensor, project: Callable, schedule: Schedu
 
 # ── Whole images ──────────────────────────────────────────────────────────────────────────────────
 
-def schedule_from(config: Config) -> Schedule:
-    return (cosine(config.T) if config.schedule == "cosine"
-            else linear(config.T, config.beta_1, config.beta_T))
-
-
 @torch.inference_mode()
-def generate(net: UNet, config: Config, sampling: Sampling, indices: range, label=None, known=None,
-             watch=lambda x0: None) -> Iterator[Tensor]:
-    """Walk the images `indices` from x_T to x_0; yields each x_t (B, C, H, W)           Algorithm 2
+def generate(net: UNet, config: Config, sampling: Sampling, indices: range, label=None,
+             known=None) -> Iterator[tuple]:
+    """Algorithm 2 for the images `indices`: each x_t (B, C, H, W), with x̂_0             Algorithm 2
 
-    label: (B,).  known: (B, C, H, W), of which `sampling.keep` is kept.  watch: sees each x̂_0.
+    label: (B,) or None.  known: (B, C, H, W), of which `sampling.keep` is kept.
     """
-    device, full = next(net.parameters()).device, schedule_from(config)
-    tau = times(full.T, sampling.calls(full.T))           # step t of the walk is at tau[t] of 1..T
+    device, full = next(net.parameters()).device, schedule_of(config)
+    tau = times(full.T, min(full.T, sampling.steps))          # step t is at time tau[t] of 1..T
     schedule = on_device(respaced(full, tau), device)
     noise = image_noise(sampling.seed, indices, config.image_shape, device)
+    label = None if label is None else torch.as_tensor(label, device=device)
 
     def eps_theta(x_t, t):
-        time = int(tau[t]) - 1 + config.first_t      # published networks count from first_t = 0
-        time = torch.full((len(x_t),), time, device=device)
+        t_net = torch.full((len(x_t),), int(tau[t]), device=device)
         with autocast(device, config.float32):
             if label is None:
-                return net(x_t, time)
-            return guided(net, x_t, time, label, sampling.guidance_used, config.num_classes)
+                return net(x_t, t_net)
+            return guided(net, x_t, t_net, label, sampling.guidance, config.num_classes)
 
-    step = sampler_step(eps_theta, schedule, sampling, watch)
+    step = sampler_step(eps_theta, schedule, sampling)
     if sampling.keep:
         project = projection(sampling.keep, *known.shape[2:])
         step = completed(step, known, project, schedule, noise, sampling.resample)
     yield from algorithm_2(step, schedule.T, noise)
 
 
-def arguments() -> Parser:
-    return add_options(Parser(description="Draw images from a trained network."), Sampling)
+def draw(net: UNet, config: Config, sampling: Sampling, labels: np.ndarray | None = None,
+         known: Tensor | None = None, progress: Callable = lambda *_: None) -> list[np.ndarray]:
+    """sampling.n images, (n, H, W, C) uint8, in parts of sampling.batch; in a list, which holds the
+    frames of the animation if there is one: x_t, and below it the x̂_0 that led to it.
+    """
+    n, steps = sampling.n, min(config.T, sampling.steps)
+    shown = (steps - times(steps, min(steps, 40)))[::-1] if sampling.animate else [steps]
+    frames = {int(k): [] for k in shown}
+    for first in range(0, n, sampling.batch):
+        part = slice(first, min(first + sampling.batch, n))
+        for k, (x_t, x0) in enumerate(generate(
+                net, config, sampling, range(n)[part], None if labels is None else labels[part],
+                None if known is None else known[part])):
+            progress(first + (part.stop - first) * k / steps,
+                     f"step {k} of {steps} · images {first + 1} to {part.stop} of {n}")
+            if k in frames:
+                if not torch.isfinite(x_t).all():
+                    raise ValueError("some pixels are not finite: are the weights sound?  If so, "
+                                     "take more --steps, or --sampler dpm")
+                if sampling.animate and not sampling.keep:
+                    x_t = torch.cat([x_t, torch.zeros_like(x_t) if x0 is None else x0], dim=2)
+                frames[k].append(to_pictures(x_t))
+    return [np.concatenate(parts) for parts in frames.values()]
+
+
+def completion_rows(originals: np.ndarray, kept: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """For each image a row: itself, what is kept of it, its completions."""
+    n, *shape = originals.shape
+    rows = [images.reshape(n, -1, *shape) for images in (originals, kept, drawn)]
+    return np.concatenate(rows, axis=1).reshape(-1, *shape)
+
+
+def arguments() -> ArgumentParser:
+    parser = ArgumentParser(description="Draw images with a trained network.")
+    add_options(parser, Sampling)
+    return parser
 
 
 def main():
-    with one_line_errors():
-        sampling = Sampling(**given(arguments().parse_args(), Sampling))
-        device = choose_device(sampling.device)
-        path = sampling.weights or (LAST if LAST.exists() else SHIPPED)
-        net, config = load_network(path, device)
-        tau = times(config.T, sampling.calls(config.T))[::-1]               # of x_T, …, x_0
-        print(f"{path} on {device}: {sampling.sampler}, {len(tau) - 1} steps")
-        draw_all(partial(generate, net, config, sampling), sampling, config, device, tau,
-                 snr(tau[:-1], schedule_from(config)))
+    sampling = Sampling(**given(arguments().parse_args()))
+    device, out = choose_device(sampling.device), Path(sampling.out)
+    path = sampling.weights or (LAST if LAST.exists() else SHIPPED)
+    net, config = load_network(path, device)
+    labels, known = labels_for(sampling, config.num_classes), None
+    columns = config.num_classes if sampling.label == "all" else round(sampling.n ** 0.5 + 0.49)
+    if sampling.keep:
+        originals, _ = held_out_images(sampling.data, config, sampling.n, sampling.n)
+        known = to_batch(torch.from_numpy(originals).to(device))
+        kept = to_pictures(projection(sampling.keep, *known.shape[2:])(known))
+        known, columns = known.repeat_interleave(COMPLETIONS, 0), 2 + COMPLETIONS
+        labels = None if labels is None else labels.repeat(COMPLETIONS)
+        sampling = replace(sampling, n=len(known))
+    print(f"{path} on {device}: {sampling.sampler}, {min(config.T, sampling.steps)} steps")
+    with atomic_write(out) as file:
+        frames = draw(net, config, sampling, labels, known, Progress(sampling.n))
+        if out.suffix == ".npz":
+            told = labels is not None and sampling.guidance and labels.max() < config.num_classes
+            images = frames[-1] if frames[-1].shape[3] == 3 else frames[-1][..., 0]
+            np.savez_compressed(file, images=images, **(dict(labels=labels) if told else {}))
+        else:
+            frames = [completion_rows(originals, kept, f) if sampling.keep else f for f in frames]
+            file.write(encode_png([image_grid(frame, columns) for frame in frames]))
+    print(f"drawn: {out}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

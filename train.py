@@ -2,226 +2,241 @@
 
 `python train.py` trains on the digits in assets/ and draws new ones into out/.  `--data PATH` takes
 other images, `--resume` goes on after a stop, `torchrun --nproc_per_node=N train.py` uses N
-devices, `--evaluate` prints the bound on −log p(x_0) of the images that were held out.
+devices.
 """
+import os
+from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import evaluate
 import posterior
-from ddpm import Schedule
-from sample import generate, on_device, q_sample, schedule_from
-from support.config import Config, Sampling, Session, add_options, given
-from support.console import Parser, Progress, chart, one_line_errors, stop_signals
-from support.devices import SharedGenerator, autocast, over_all, precision, start_processes
-from support.images import image_grid, to_batch, to_pictures, to_pixels, write_png
-from support.run import Run, open_run
+from ddpm import Schedule, l_simple
+from evaluate import least_loss
+from sample import draw
+from support.config import PRESETS, Config, Sampling, add_options, given
+from support.console import Progress, chart, on_stop, run_script
+from support.data import split, to_batch, to_pixels
+from support.devices import (SharedGenerator, autocast, over_all, precision, processes, seed_from,
+                             start_processes)
+from support.forward import on_device, q_sample, schedule_of
+from support.pictures import image_grid, write_png
+from support.run import CHECKPOINT, NETWORK, Run, open_run
 from unet import parameters
 
-LOOK = 10              # steps between two looks at loss and signals: each waits for the device
-RESIDENT = 1 << 30     # bytes: a smaller data set moves to the device as a whole
+LOG_EVERY = 10              # steps: to read the loss is to wait for the device
+ON_DEVICE = 1 << 30         # bytes: a smaller data set is copied to a GPU as a whole
 
 
 # ── Algorithm 1 ───────────────────────────────────────────────────────────────────────────────────
 
-def algorithm_1(eps_theta: Callable, next_batch: Callable, schedule: Schedule,
-                noise: SharedGenerator, descend: Callable) -> Iterator[tuple]:
-    """Yields t and the loss of each image, step by step; the caller stops               Algorithm 1
+def algorithm_1(run: Run, eps_theta: Callable, next_batch: Callable,
+                schedule: Schedule) -> Iterator[Tensor]:
+    """Yields the loss of each step; whoever takes them decides when to stop             Algorithm 1
 
-    eps_theta(x_t, t, label) → ε;  next_batch() → (x_0, label);  descend(loss): a gradient step, and
-    all that follows from it.
+    eps_theta(x_t, t, label): the network's prediction of ε.  next_batch(step) → (x_0, label).
     """
-    while True:                                                      # 1: repeat
-        x0, label = next_batch()                                     # 2:   x_0 ~ q(x_0)
-        t = stratified_t(len(x0), schedule.T, noise)                 # 3:   t ~ Uniform({1, …, T})
-        eps = noise.standard_normal(x0.shape)                        # 4:   ε ~ N(0, I)
-        loss = l_simple(eps_theta, x0, t, eps, label, schedule)      # 5:   gradient step on
-        descend(loss.mean())                                         #        ∇_θ ‖ε − ε_θ(x_t, t)‖²
-        yield t, loss.detach()                                       # 6: until converged
+    for step in count(run.step + 1):                                 # 1: repeat
+        rng = run.rng(step)
+        x0, label = next_batch(step)                                 # 2:   x_0 ~ q(x_0)
+        t = stratified_t(len(x0), schedule.T, rng)                   # 3:   t ~ Uniform({1, …, T})
+        eps = rng.standard_normal(x0.shape)                          # 4:   ε ~ N(0, I)
+        x_t = q_sample(x0, t, eps, schedule)                         # 5:   take a gradient step on
+        loss = l_simple(eps, eps_theta(x_t, t, label))               #        ∇_θ ‖ε − ε_θ(x_t, t)‖²
+        run.net.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(run.net.parameters(), run.config.grad_clip)
+        optimizer_step(run.optimizers, learning_rate(step, run.config))
+        update_ema(run.ema, run.net, step, run.config.ema_decay)
+        run.step = step
+        yield loss.detach()                                          # 6: until converged
 
 
-def l_simple(eps_theta: Callable, x0: Tensor, t: Tensor, eps: Tensor, label: Tensor | None,
-             schedule: Schedule) -> Tensor:
-    """L_simple = ‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖²                               Ho (14), N6, N7
-
-    Of each image (B,), the mean over its pixels.  x0, eps: (B, C, H, W);  t: (B,), in 1..T;
-    label: (B,) or None.
-    """
-    x_t = q_sample(x0, t, eps, schedule)
-    return (eps - eps_theta(x_t, t, label)).square().mean((1, 2, 3))
-
-
-def stratified_t(count: int, T: int, noise: SharedGenerator) -> Tensor:
+def stratified_t(count: int, T: int, rng: SharedGenerator) -> Tensor:
     """t ~ Uniform({1, …, T}), but stratified: one t from each of `count` equal parts of the range.
 
     The expected loss is that of independent t, and it varies less: better digits, sooner (README).
     """
-    return (noise.stratified(count) * T).long().clamp(max=T - 1) + 1
+    return (rng.stratified(count) * T).long().clamp(max=T - 1) + 1
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """The factor on the largest rate: rises for `warmup` steps, times, with `decay`, a linear fall
-    from 1 at the first step to 1/steps at the last.
+    """As a share of the largest: it rises for `warmup` steps, and, with `decay`, also falls in a
+    straight line, from 1 at the first step to 1/steps at the last.
     """
     rise = min(1.0, step / config.warmup)
     fall = 1 - (step - 1) / config.steps if config.decay else 1.0
     return rise * fall
 
 
-def gradient_step(loss: Tensor, net: nn.Module, optimizers: list[torch.optim.Optimizer], step: int,
-                  config: Config):
-    """Down the clipped gradient, at the step's learning rate                Algorithm 1, line 5"""
-    net.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
+def optimizer_step(optimizers: list[torch.optim.Optimizer], share: float):
+    """A step of each, at this share of its largest learning rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * learning_rate(step, config)
+            group["lr"] = group["initial_lr"] * share
         optimizer.step()
 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, net: nn.Module, step: int, decay: float):
-    """θ_ema ← d θ_ema + (1 − d) θ, early on with d for an average over the latest tenth."""
-    decay = min(decay, (1 + step) / (10 + step))
-    for average, parameter in zip(ema.parameters(), net.parameters()):
-        average.lerp_(parameter, 1 - decay)
-
-
-def batches(images: np.ndarray, labels: np.ndarray | None, config: Config, rng: SharedGenerator,
-            device: torch.device) -> Callable:
-    """next_batch() → x_0 ~ q(x_0), (B, C, H, W) in [-1, 1], and labels (B,) or None, on the device.
-
-    A label is dropped with probability p_uncond: then it is num_classes.  Nothing here waits for
-    the device, so the next batch is gathered while the device computes.
+    """θ_ema ← d θ_ema + (1 − d) θ;  d is `decay`, but less in the beginning, so that the average is
+    over the latest tenth of the steps.
     """
-    images = torch.from_numpy(images)
-    images = images.to(device) if images.nbytes <= RESIDENT else images
-    labels = None if labels is None else torch.from_numpy(labels)
+    d = min(decay, (1 + step) / (10 + step))
+    for average, parameter in zip(ema.parameters(), net.parameters()):
+        average.lerp_(parameter, 1 - d)
 
-    def next_batch():
-        index = rng.integers(0, len(images) - 1, config.batch // rng.world)
-        flip, drop = rng.uniform(len(index)) < 0.5, rng.uniform(len(index)) < config.p_uncond
-        there = index.to(images.device, non_blocking=True)
-        x0 = to_batch(images[there].to(device, non_blocking=True))
+
+def batches(images: np.ndarray, labels: np.ndarray | None, config: Config,
+            device: torch.device) -> Callable:
+    """next_batch(step) → x_0 ~ q(x_0), (B, C, H, W) in [-1, 1], and labels (B,) or None.
+
+    The images are those that are not held out.  A label is dropped with probability p_uncond: then
+    it is num_classes.  Nothing here waits for the device.
+    """
+    training, _ = split(len(images))
+    resident = None
+    if device.type != "cpu" and images.nbytes <= ON_DEVICE:
+        resident = torch.tensor(images[training], device=device)
+
+    def next_batch(step):
+        rng = SharedGenerator(seed_from(config.seed, step, 0, 1))           # on the host
+        i = rng.integers(len(training), config.batch // rng.world)
+        flip, drop = rng.uniform(len(i)) < 0.5, rng.uniform(len(i)) < config.p_uncond
+        rows = training[i.numpy()]
+        chosen = torch.from_numpy(images[rows]) if resident is None else resident[i.to(device)]
+        x0 = to_batch(chosen.to(device))
         if config.flip:
-            flip = flip.to(device, non_blocking=True)[:, None, None, None]
-            x0 = torch.where(flip, x0.flip(3), x0)
+            x0 = torch.where(flip.to(device)[:, None, None, None], x0.flip(3), x0)
         if labels is None:
             return x0, None
-        label = torch.where(drop, config.num_classes, labels[index])
-        return x0, label.to(device, non_blocking=True)
+        return x0, torch.where(drop, config.num_classes, torch.from_numpy(labels[rows])).to(device)
     return next_batch
 
 
-# ── Who logs, draws, saves and stops ──────────────────────────────────────────────────────────────
+# ── Who logs, saves, draws and stops ──────────────────────────────────────────────────────────────
 
-def losses(run: Run, images: np.ndarray, labels: np.ndarray | None, compile: bool) -> Iterator:
-    """Algorithm 1 with the run's network, images and noise; each loss is a step further."""
-    net = nn.parallel.DistributedDataParallel(run.net) if run.world > 1 else run.net
+def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
+          compile: bool = False) -> int:
+    """Take steps until all are done, or a signal asks to stop; returns that signal, or 0."""
+    config, (rank, world), signals, losses = run.config, processes(), stop_signals(), []
+    net = nn.parallel.DistributedDataParallel(run.net) if world > 1 else run.net
     net = torch.compile(net) if compile else net
 
     def eps_theta(x_t, t, label):
-        with autocast(run.device, run.config.float32):
+        with autocast(run.device, config.float32):
             return net(x_t, t, label)
 
-    def descend(loss):
-        run.step += 1
-        gradient_step(loss, run.net, run.optimizers, run.step, run.config)
-        update_ema(run.ema, run.net, run.step, run.config.ema_decay)
-
-    next_batch = batches(images, labels, run.config, run.data_rng, run.device)
-    schedule = on_device(schedule_from(run.config), run.device)
-    return algorithm_1(eps_theta, next_batch, schedule, run.noise_rng, descend)
-
-
-def train(run: Run, images: np.ndarray, labels: np.ndarray | None, compile: bool = False) -> int:
-    """Take steps until all are done, or a signal asks to stop: its number is returned, or 0."""
-    steps, signals, recent = run.config.steps, stop_signals(), []
-    progress = Progress(steps, run.step, run.config.batch)
-    every = LOOK * max(1, min(steps // 5, 5000) // LOOK)            # steps between two checkpoints
-    for t_and_loss in losses(run, images, labels, compile):
-        recent.append(t_and_loss)
-        done = run.step == steps
-        if run.step % LOOK and not done:
+    progress = Progress(config.steps, run.step, config.batch)
+    save_every = LOG_EVERY * max(1, min(config.steps // 5, 5000) // LOG_EVERY)
+    next_batch = batches(images, labels, config, run.device)
+    for loss in algorithm_1(run, eps_theta, next_batch, on_device(schedule_of(config), run.device)):
+        losses.append(loss)
+        done = run.step == config.steps
+        if run.step % LOG_EVERY and not done:
             continue
-        run.log_loss(recent)
-        if run.rank == 0:
-            progress(run.step, f"step {run.step} of {steps} · loss {run.log[-1][1]:.4f}")
-        recent.clear()
+        mean = over_all(torch.stack(losses).mean(), run.device).item() / world
+        if not np.isfinite(mean):
+            raise ValueError(f"the loss is {mean} at step {run.step}; the last checkpoint in "
+                             f"{folder}, if there is one, is sound")
+        run.log.append((run.step, mean))
+        losses.clear()
+        if rank == 0:
+            try:
+                progress(run.step, f"step {run.step} of {config.steps} · loss {mean:.4f}")
+            except OSError:                          # nobody reads any more: a stop like Ctrl-C
+                signals.append(13)
         # a signal to one process stops all, at the same step
-        stop = int(over_all(max(signals, default=0), run.device, largest=True))
-        checkpoint = run.step % every == 0
-        if done or (checkpoint and not stop):
-            draw_samples(run, f"step-{run.step:06}.png")
-        if done or checkpoint or stop:
-            run.save()
+        stop = 0 if done else int(over_all(max(signals, default=0), run.device, largest=True))
+        if done or stop or run.step % save_every == 0:
+            run.save(folder)
+            if rank == 0 and not stop:
+                draw_samples(run, folder / f"step-{run.step:06}.png")
         if done or stop:
-            return 0 if done else stop
+            return stop
 
 
-def draw_samples(run: Run, name: str):
+def stop_signals() -> list[int]:
+    """A list, empty until a signal asks to stop; a second one ends the process at once."""
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            os._exit(128 + number)
+        asked.append(number)
+    on_stop(ask)
+    return asked
+
+
+def draw_samples(run: Run, path: Path):
     """100 images that the averaged network draws in 10 steps, its labels in order."""
-    if run.rank == 0:
-        classes = run.config.num_classes
-        label = torch.arange(100, device=run.device) * classes // 100 if classes else None
-        for x_t in generate(run.ema, run.config, Sampling(steps=10), range(100), label):
-            x0 = x_t
-        write_png(run.folder / name, image_grid(to_pictures(x0), columns=10))
+    config, classes = run.config, run.config.num_classes
+    sampling = Sampling("dpm", steps=10, batch=max(1, config.batch // processes()[1]))
+    label = np.arange(100) * classes // 100 if classes else None
+    write_png(path, image_grid(draw(run.ema, config, sampling, label)[-1], columns=10))
 
 
-def announce(run: Run, images: np.ndarray, held_out: np.ndarray, least: np.ndarray):
-    """What is about to happen, and what loss to expect.  least: by quarter of t."""
-    config, schedule, world = run.config, schedule_from(run.config), run.world
-    x0 = to_pixels(images[:1000])
-    l_T = posterior.bits_per_dim(posterior.L_T(x0, schedule))
-    noise = "x_T is noise" if l_T < 0.01 else "x_T IS STILL THE IMAGE: more steps or larger betas!"
+def announce(run: Run, images: np.ndarray, labels: np.ndarray | None):
+    """What is about to happen, and what loss to expect."""
+    config, schedule, (training, held_out) = run.config, schedule_of(run.config), split(len(images))
+    some = images[training[:100]]
+    l_T = posterior.bits_per_dim(posterior.L_T(to_pixels(some), schedule))
+    verdict = "x_T is noise" if l_T < 0.01 else "x_T IS NOT YET NOISE: more steps or larger betas!"
+    least, known = least_loss(images, labels, config)
+    world = processes()[1]
     print(f"device    {run.device}, {precision(run.device, config.float32)}"
           f"{f', {world} processes' if world > 1 else ''}")
-    print(f"images    {len(images)} of {'x'.join(map(str, images.shape[1:]))} to train on, "
-          f"{len(held_out)} held out, {config.num_classes or 'no'} labels")
+    print(f"images    {len(training)} of {'x'.join(map(str, images.shape[1:]))} to train on, "
+          f"{len(held_out)} held out, {config.num_classes or 'no'} labels, "
+          f"pixels {some.min()} .. {some.max()}")
+    for c in np.setdiff1d(np.arange(config.num_classes), [] if labels is None else labels[training]):
+        print(f"          label {c} has no image to train on: all of its images are held out")
     print(f"network   {parameters(run.net):,} parameters")
-    print(f"schedule  {config.schedule}, T = {schedule.T}: L_T = {l_T:.3g} bits/dim ({noise})")
-    print(f"loss      1 knows nothing (ε_θ = 0); {np.nanmean(least):.4f} is the least possible on "
-          "these images,\n          of a network that draws nothing but copies of them\n")
+    print(f"schedule  {config.schedule}, T = {schedule.T}: L_T = {l_T:.3g} bits/dim ({verdict})")
+    print(f"loss      1 for a network that predicts no noise; {least:.4f} for the best possible on\n"
+          f"          {known} of these images, which would draw nothing but copies of them\n")
 
 
-def arguments() -> Parser:
-    parser = Parser(description="Train a denoising diffusion model; without options, on digits.")
-    return add_options(add_options(parser, Session), Config)
+def arguments() -> ArgumentParser:
+    parser = ArgumentParser(description="Train a denoising diffusion model; by default, on digits.")
+    add_options(parser, Config)
+    parser.add_argument("--preset", choices=PRESETS, help="the settings to begin with: digits "
+                        "(the default), or cifar10, the paper's")
+    parser.add_argument("--out", help="folder for checkpoint and pictures (out)")
+    parser.add_argument("--resume", action=BooleanOptionalAction,
+                        help="go on from the checkpoint in --out, exactly")
+    parser.add_argument("--device", help="cuda, mps or cpu; by default the best one here")
+    parser.add_argument("--deterministic", action=BooleanOptionalAction,
+                        help="bit for bit repeatable on a GPU too; slower")
+    parser.add_argument("--compile", action=BooleanOptionalAction,
+                        help="use torch.compile: slow to start, then faster")
+    return parser
 
 
-@one_line_errors()
 def main():
-    args = arguments().parse_args()
-    session, named = Session(**given(args, Session)), given(args, Config)
-    out = Path(session.out)
-    if session.evaluate:
-        return evaluate.print_bound(out / "checkpoint.pt", named.get("data"), session.device)
-    device = start_processes(session.device, session.deterministic)
-    run, images, labels, held_out = open_run(out, device, named, session.resume)
-    if run.rank == 0:
-        least = evaluate.least_loss(images, labels, run.config)
-        announce(run, images, held_out, least)
-        run.write_log()                  # fails now if the folder cannot be written
-    stopped = train(run, images, labels, session.compile)
-    if run.rank == 0 and stopped:
+    named = given(arguments().parse_args())
+    out, resume = Path(named.pop("out", "out")), named.pop("resume", False)
+    compile, deterministic = (named.pop(name, False) for name in ("compile", "deterministic"))
+    device = start_processes(named.pop("device", None), deterministic)
+    run, images, labels = open_run(out, device, named, resume)
+    if processes()[0] == 0:
+        announce(run, images, labels)
+        run.write_log(out)                  # fails now if the folder cannot be written
+    stopped = train(run, images, labels, out, compile)
+    if processes()[0] == 0 and stopped:
         print(f"\nstopped and saved at step {run.step}; "
-              f"to go on: python train.py --resume --out {out}")
-    elif run.rank == 0:
-        recent = np.array(run.log[-max(1, len(run.log) // 10):])[:, 2:]
-        recent = np.ma.masked_invalid(recent).mean(axis=0).filled(np.nan)
-        told = ", ".join(f"{loss:.4f} ({floor:.4f})" for loss, floor in zip(recent, least))
-        print(f"\n{chart(run.log)}\n\nloss by quarter of t (least): {told}\n"
-              f"drawn: {out}/step-{run.step:06}.png\n"
-              "beside it: checkpoint.pt, log.csv, network.pt\n"
-              f"next: python sample.py --weights {out / 'checkpoint.pt'}")
+              f"to go on: python train.py --resume --out {quote(str(out))}")
+    elif processes()[0] == 0:
+        print(f"\n{chart(run.log)}\n\ndrawn: {out}/step-{run.step:06}.png\n"
+              f"beside it: {CHECKPOINT}, {NETWORK}, log.csv\n"
+              f"next: python sample.py --weights {quote(str(out / CHECKPOINT))}")
     raise SystemExit(128 + stopped if stopped else 0)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,18 +1,34 @@
 """The noise predictor ε_θ(x_t, t): the U-Net of Ho et al. (2020), appendix B.               N6, V12
 
 Everything else is a formula; this is the part that learns.  It sees a noisy image and t, and
-answers with the noise that it believes was mixed into x_0.  `python unet.py` prints its layers
-and its size.
+predicts the noise in it.  The file needs PyTorch alone, so it can be copied into other projects.
+`python unet.py` prints two networks, the one that train.py trains by default and the paper's.
 
     x_t ─ conv_in ─ block ─ block ─┬─────────── skips ───────────┬─ block ─ block ─ conv_out ─ ε_θ
                                  halve                         double
                                    └─ block ─ … middle … ─ block ┘
 """
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes of a U-Net; by default, of the paper's for CIFAR10              Ho appendix B"""
+
+    image_shape: tuple[int, ...] = (3, 32, 32)     # channels, height, width
+    model_channels: int = 128                      # channels of the first level
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2)   # the channels of each level, in multiples of it
+    num_res_blocks: int = 2                        # per level, and one more on the way up
+    attention_resolutions: tuple[int, ...] = (16,)     # heights of the levels that have attention
+    dropout: float = 0.1
+    num_groups: int = 32                           # of each GroupNorm
+    patch_size: int = 1            # squares of so many pixels become one, which saves time
+    num_classes: int = 0           # labels; one more, num_classes, stands for "no label"
 
 
 def time_embedding(t: Tensor, width: int) -> Tensor:
@@ -28,9 +44,9 @@ def time_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm, with its sums in float32: those of bfloat16 would be coarse.
+    """GroupNorm, its sums in float32: in bfloat16 they would be too coarse.
 
-    CPUs take bfloat16 as it is, and are faster with it if a group has 16 channels or more.
+    On CPUs the kernel itself sums bfloat16 in float32, and faster for 16 channels or more a group.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +59,7 @@ class Norm(nn.GroupNorm):
 class Attention(nn.Module):
     """x + proj(softmax(Q Kᵀ/√C) V)                                                  Ho appendix B
 
-    Every pixel looks at every pixel, with one head.
+    One head: every pixel attends to every pixel.
     """
 
     def __init__(self, channels: int, groups: int):
@@ -113,60 +129,52 @@ class Upsample(nn.Module):
 class UNet(nn.Module):
     """ε_θ(x_t, t)                                                                  Ho appendix B
 
-    x_t: (B, C, H, W) in [-1, 1] plus noise;  t: (B,), in 1..T → the noise (B, C, H, W).
-    config: the settings of support/config.py.  Each level has model_channels times its channel_mult
-    channels and num_res_blocks residual blocks, one more on the way up; attention stands at the
-    levels whose height is in attention_resolutions.  patch_size² pixels become the channels of one,
-    which saves time; 1 is the paper.  The label num_classes means "no label".
-    Raises ValueError for sizes that do not fit together, such as images that cannot be halved.
+    x_t: (B, C, H, W) in [-1, 1] plus noise;  t: (B,), in 1..T;  label: (B,), in 0..num_classes, or
+    None → the noise (B, C, H, W).  Raises ValueError for sizes that do not fit together.
     """
 
-    def __init__(self, config):
+    def __init__(self, architecture: Architecture = Architecture()):
         super().__init__()
-        width, groups, patch = config.model_channels, config.num_groups, config.patch_size
-        if width % groups or width % 2:
-            raise ValueError(f"{width} model channels are no even multiple of {groups} groups")
-        self.width, self.patch = width, patch
-        factor = patch * 2 ** (len(config.channel_mult) - 1)
-        channels, *size = config.image_shape
-        if any(side % factor for side in size):
-            raise ValueError(f"this network cannot halve images of {size[0]}x{size[1]}: "
+        a = self.architecture = architecture
+        if a.model_channels % a.num_groups or a.model_channels % 2:
+            raise ValueError(f"{a.model_channels} model channels must be an even number, and a "
+                             f"multiple of the {a.num_groups} groups")
+        factor = a.patch_size * 2 ** (len(a.channel_mult) - 1)
+        channels, height, width = a.image_shape
+        if height % factor or width % factor:
+            raise ValueError(f"this network cannot halve images of {height}x{width}: "
                              f"both sides must be multiples of {factor}")
-        c_time, last = 4 * width, config.channel_mult[0] * width
-
-        self.time = nn.Sequential(nn.Linear(width, c_time), nn.SiLU(), nn.Linear(c_time, c_time))
-        self.label = None
-        if config.num_classes:
-            table = torch.empty(config.num_classes + 1, c_time)
-            if not table.is_meta:                   # on "meta" this would load torch's compiler
-                table.normal_()
-            self.label = nn.Embedding.from_pretrained(table, freeze=False)
-        self.conv_in = nn.Conv2d(channels * patch ** 2, width, 3, padding=1)
+        c, c_time, c_image = a.model_channels, 4 * a.model_channels, channels * a.patch_size ** 2
+        self.time = nn.Sequential(nn.Linear(c, c_time), nn.SiLU(), nn.Linear(c_time, c_time))
+        self.label = nn.Parameter(torch.empty(a.num_classes + 1, c_time)) if a.num_classes else None
+        self.conv_in = nn.Conv2d(c_image, c, 3, padding=1)
         self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        self.add_levels(config, c_time)
-        self.norm_out = Norm(groups, last, eps=1e-6)
-        self.conv_out = nn.Conv2d(last, channels * patch ** 2, 3, padding=1)
+        self.add_levels(height // a.patch_size, c_time)
+        self.norm_out = Norm(a.num_groups, a.channel_mult[0] * c, eps=1e-6)
+        self.conv_out = nn.Conv2d(a.channel_mult[0] * c, c_image, 3, padding=1)
         self.initialise()
 
-    def add_levels(self, config, c_time: int):
+    def add_levels(self, height: int, c_time: int):
         """Down, halving between the levels; the middle; up again, with a skip for each block."""
+        a, c = self.architecture, self.architecture.model_channels
+        skips, levels = [c], list(enumerate(c * mult for mult in a.channel_mult))
+
         def block(c_in, c_out, attention):
-            return Block(c_in, c_out, c_time, config.num_groups, config.dropout, attention)
-        c, skips = self.width, [self.width]
-        size, attended = config.image_shape[1] // self.patch, config.attention_resolutions
-        for level, mult in enumerate(config.channel_mult):
+            return Block(c_in, c_out, c_time, a.num_groups, a.dropout, attention)
+        for level, c_level in levels:
             if level > 0:
                 self.down.append(Downsample(c))
                 skips.append(c)
-            for _ in range(config.num_res_blocks):
-                self.down.append(block(c, mult * self.width, size >> level in attended))
-                c = mult * self.width
+            for _ in range(a.num_res_blocks):
+                self.down.append(block(c, c_level, height >> level in a.attention_resolutions))
+                c = c_level
                 skips.append(c)
         self.middle.extend([block(c, c, attention=True), block(c, c, attention=False)])
-        for level, mult in reversed(list(enumerate(config.channel_mult))):
-            for _ in range(config.num_res_blocks + 1):
-                self.up.append(block(c + skips.pop(), mult * self.width, size >> level in attended))
-                c = mult * self.width
+        for level, c_level in reversed(levels):
+            for _ in range(a.num_res_blocks + 1):
+                self.up.append(block(c + skips.pop(), c_level,
+                                     height >> level in a.attention_resolutions))
+                c = c_level
             if level > 0:
                 self.up.append(Upsample(c))
 
@@ -177,6 +185,8 @@ class UNet(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.conv_out.weight)
+        if self.label is not None:
+            nn.init.uniform_(self.label, -math.sqrt(3), math.sqrt(3))                # variance 1
         for module in self.modules():
             if isinstance(module, Block):
                 nn.init.zeros_(module.conv2.weight)
@@ -186,12 +196,13 @@ class UNet(nn.Module):
                     nn.init.xavier_uniform_(weight)
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        temb = self.time(time_embedding(t, self.width))
+        temb = self.time(time_embedding(t, self.architecture.model_channels))
         if self.label is not None:
-            temb = temb + self.label(label)
+            temb = temb + F.embedding(label, self.label)
 
-        # Channels-last is the layout that convolutions work in; what follows keeps it.
-        h = F.pixel_unshuffle(x_t, self.patch).contiguous(memory_format=torch.channels_last)
+        # Convolutions are fastest in the channels-last layout, and what follows keeps it.
+        patch = self.architecture.patch_size
+        h = F.pixel_unshuffle(x_t, patch).contiguous(memory_format=torch.channels_last)
         h = self.conv_in(h)
         skips = [h]
         for layer in self.down:
@@ -204,19 +215,22 @@ class UNet(nn.Module):
                 h = torch.cat([h, skips.pop()], dim=1)
             h = layer(h, temb)
         h = self.conv_out(F.silu(self.norm_out(h)))
-        return F.pixel_shuffle(h, self.patch).float()
+        return F.pixel_shuffle(h, patch).float()
 
 
 def parameters(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
 
 
-if __name__ == "__main__":
-    from support.config import PRESETS
-    from support.console import one_line_errors
+def main():
+    digits = Architecture((1, 28, 28), 16, (1, 2), num_res_blocks=1, attention_resolutions=(0,),
+                          dropout=0.0, num_groups=1, patch_size=2, num_classes=10)
+    for name, net in (("train.py's default network", UNet(digits)),
+                      ("the paper's for CIFAR10, which it says has 35.7 million,", UNet())):
+        print(f"{net}\n\n{name} has {parameters(net):,} parameters\n")
 
-    with one_line_errors():
-        paper = UNet(PRESETS["cifar10"])
-        print(paper)
-        print(f"\nThe paper's CIFAR10 network: {parameters(paper):,} parameters "
-              "(the paper says 35.7 million)")
+
+if __name__ == "__main__":
+    from support.console import run_script
+
+    run_script(main, __doc__)

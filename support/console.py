@@ -1,79 +1,63 @@
 """What a user sees: progress in one line, errors in one line, the loss as a chart."""
 import argparse
-import contextlib
+import io
 import os
 import re
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 
 
-class Output:
-    """A stream that one can always write to: what its encoding lacks is replaced, and what nobody
-    can take (the reader of a pipe has gone, the disk is full, the stream is closed) is lost.
-    """
-
-    def __init__(self, stream, errors: str):
-        self.stream, self.errors = stream or open(os.devnull, "w"), errors
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text: str):
-        encoding = self.stream.encoding or "utf-8"
-        try:
-            self.stream.write(text.encode(encoding, self.errors).decode(encoding))
-            self.stream.flush()
-        except OSError:                  # what the stream still holds must go somewhere at the end
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), self.stream.fileno())
+def on_stop(handle: Callable):
+    """handle(number, frame) answers Ctrl-C, a request to end, and the loss of the terminal."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)                        # Windows has no SIGHUP,
+        if number and signal.getsignal(number) != signal.SIG_IGN:   # and nohup wants it ignored
+            signal.signal(number, handle)
 
 
 def refuse(message: object, status: int = 2):
     """One line on stderr, and the end."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).splitlines())}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(status)
 
 
-@contextlib.contextmanager
-def one_line_errors():
-    """A script's main: what the user can mend ends it with one line (a bug keeps its trace), and
-    its output cannot end it.
+def run_script(main: Callable, description: str | None = None):
+    """main(): what the user can mend ends it with one line, and a bug keeps its trace.
+
+    description: the text of --help, for a script that has no options.
     """
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:       # a closed stdout or stderr: its
-        pass                                                     # number must not go to a file
-    os.close(number)
-    with (contextlib.redirect_stdout(Output(sys.stdout, "replace")),
-          contextlib.redirect_stderr(Output(sys.stderr, "backslashreplace"))):
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            name = getattr(error, "filename", None)
-            refuse(f"{name}: {error.strerror}" if name else error)
-        except (MemoryError, RuntimeError) as error:           # torch has a RuntimeError for it
-            if isinstance(error, RuntimeError) and not re.search("alloc|of memory", str(error)):
-                raise
-            size = re.search(r"allocate ([\d.]+ \w+)", str(error))
-            refuse(f"not enough memory{f' for {size[1]} more' if size else ''}: a smaller --batch, "
-                   "smaller images or a smaller network need less")
-        except KeyboardInterrupt:
-            refuse("stopped", status=130)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with its errors in one line."""
-
-    def error(self, message):
-        refuse(f"{message} ({self.prog} --help lists the options)")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")               # for terminals that have no ε
+    on_stop(lambda number, frame: sys.exit(128 + number))
+    try:
+        if description:
+            argparse.ArgumentParser(description=description, formatter_class=argparse.
+                                    RawDescriptionHelpFormatter).parse_args()
+        main()
+    except BrokenPipeError:                                    # nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + 13) from None
+    except (OSError, ValueError) as error:
+        name = getattr(error, "filename", None)
+        refuse(f"{name}: {error.strerror}" if name else error)
+    except (MemoryError, RuntimeError) as error:               # torch has a RuntimeError for it
+        if isinstance(error, RuntimeError) and not re.search("alloc|of memory", str(error)):
+            raise
+        size = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        refuse(f"not enough memory{f' for {size[1]} more' if size else ''}: a smaller --batch, a "
+               "larger --patch-size or a smaller network needs less")
 
 
 class Progress:
-    """One line about work in progress: refreshed in a terminal, elsewhere it comes now and then."""
+    """One line about work in progress: refreshed in a terminal, elsewhere printed now and then."""
 
     def __init__(self, total: int, first: int = 0, images: int = 1):
         """total: steps in all; first: those done before; images: how many a step works on."""
@@ -85,35 +69,21 @@ class Progress:
         if done < self.total and now < self.due:
             return
         self.due = now + (0.1 if self.terminal else 15)
-        rate = (done - self.first) / max(now - self.start, 1e-9)
-        left = (self.total - done) / max(rate, 1e-12)
-        left = timedelta(seconds=round(left)) if left < 1e9 else "?"
-        speed = f" · {rate * self.images:.4g} images/s · {left} left" if done > self.first else ""
-        line = text + speed
+        if done > self.first:
+            rate = (done - self.first) / max(now - self.start, 1e-9)
+            left = timedelta(seconds=round(min((self.total - done) / rate, 1e9)))
+            text += f" · {rate * self.images:.4g} images/s · {left} left"
         end = "\n" if done >= self.total or not self.terminal else ""
         width = shutil.get_terminal_size().columns - 1                  # a longer one would wrap
-        print(f"\r{line[:width]:<{width}}" if self.terminal else line, end=end, flush=True)
+        print(f"\r{text[:width]:<{width}}" if self.terminal else text, end=end, flush=True)
 
 
-def stop_signals() -> list[int]:
-    """A list, empty until SIGINT or SIGTERM asks to stop; a second one ends the process at once."""
-    asked = []
-
-    def ask(number, frame):
-        if asked:
-            os._exit(128 + number)
-        asked.append(number)
-    signal.signal(signal.SIGINT, ask)
-    signal.signal(signal.SIGTERM, ask)
-    return asked
-
-
-def chart(log: list, width: int = 72, height: int = 8) -> str:
-    """The loss along the run, in text; the scale is logarithmic."""
-    parts = np.array_split([loss for _, loss, *_ in log], min(width, len(log)))
-    y = np.log10([part.mean() for part in parts])
-    marks = np.linspace(max(y.max(), y.min() + 1e-3), y.min(), height)
-    row = np.abs(y - marks[:, None]).argmin(0)
-    lines = [f"{10 ** mark:8.4f} │{''.join('●' if at == k else ' ' for at in row)}"
-             for k, mark in enumerate(marks)]
+def chart(log: list[tuple[int, float]], width: int = 72, height: int = 8) -> str:
+    """The loss along the run, in text, on a logarithmic scale.  log: pairs (step, loss)."""
+    y = np.log10([part.mean() for part in
+                  np.array_split([loss for _, loss in log], min(width, len(log)))])
+    levels = np.linspace(max(y.max(), y.min() + 1e-3), y.min(), height)
+    row = np.abs(y - levels[:, None]).argmin(0)
+    lines = [f"{10 ** level:8.4f} │{''.join('●' if at == k else ' ' for at in row)}"
+             for k, level in enumerate(levels)]
     return "\n".join([*lines, f"    loss └{'─' * len(y)} step {log[-1][0]}"])

@@ -1,49 +1,30 @@
 """Where it runs: the device, its precision, and the processes that share the work."""
 import atexit
-import ctypes
 import os
-import re
-from contextlib import suppress
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3                    # their numbers in Linux's malloc.h
-
-
-def keep_memory():
-    """Freed memory stays with the process, for the next step.  The C library of Linux would give it
-    back and ask for new pages in each step: a sixth of the time of Algorithm 2 on a CPU.
-    """
-    with suppress(AttributeError, OSError, TypeError):                # where there is no mallopt
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_TRIM_THRESHOLD, 1 << 30)
-        mallopt(M_MMAP_THRESHOLD, 1 << 25)
 
 
 def choose_device(name: str | None = None) -> torch.device:
     """The named device, or the best one here.  Raises ValueError if it is not here."""
     best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        device = best if name is None else torch.device(name)
-        torch.empty(1, device=device)
-        if device.type not in (best.type, "cpu") or device.type == "cpu" and device.index:
-            raise RuntimeError
+        device = torch.device(best if name is None else name)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
         raise ValueError(f"there is no device {name!r} here: choose from "
                          f"{', '.join({best.type: 0, 'cpu': 0})}") from None
-    if device.type == "cpu":
-        keep_memory()
     return device
 
 
 def precision(device: torch.device, float32: bool) -> str:
     """bfloat16 where the device computes it natively (emulated it would be slow), or float32."""
-    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()      # the user may forbid it
     native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else (
-        device.type == "cpu" and re.search("ALL|DEFAULT|16|AMX|AVX10", allowed)
-        and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16")))
+        device.type == "cpu" and any(torch.cpu.get_capabilities().get(name)
+                                     for name in ("avx512_bf16", "amx_bf16")))
     return "bfloat16" if native and not float32 else "float32"
 
 
@@ -86,32 +67,38 @@ def over_all(value, device: torch.device, largest: bool = False) -> Tensor:
     return value
 
 
+def seed_from(*key: int) -> int:
+    """A seed that shares nothing with those of other keys, not even of neighbours."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
 class SharedGenerator:
     """Random numbers of which each process keeps its part: together they are those of one process.
 
-    All draw the same numbers for the whole batch; `count` is what this process keeps of them.
+    All processes draw the numbers of the whole batch; `count` is how many of them this one keeps.
     """
 
-    def __init__(self, seed: int, device="cpu", rank: int = 0, world: int = 1):
+    def __init__(self, seed: int, device="cpu", part: tuple[int, int] | None = None):
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.rank, self.world = rank, world
+        self.rank, self.world = part or processes()
 
     def _part(self, draw, *shape) -> Tensor:
         whole = draw((shape[0] * self.world, *shape[1:]), generator=self.generator,
                      device=self.generator.device)
         return whole[self.rank::self.world]
 
-    def integers(self, low: int, high: int, count: int) -> Tensor:
-        """low .. high, both included, all equally likely."""
-        return self._part(lambda shape, **to: torch.randint(low, high + 1, shape, **to), count)
+    def integers(self, high: int, count: int) -> Tensor:
+        """0 .. high − 1, all equally likely."""
+        return self._part(lambda shape, **to: torch.randint(high, shape, **to), count)
 
     def uniform(self, count: int) -> Tensor:
         return self._part(torch.rand, count)
 
     def stratified(self, count: int) -> Tensor:
         """Uniform in [0, 1), one from each of as many equal parts as all processes draw."""
-        parts = torch.arange(self.rank, count * self.world, self.world)
-        return (parts.to(self.generator.device) + self.uniform(count)) / (count * self.world)
+        whole = count * self.world
+        parts = torch.arange(self.rank, whole, self.world, device=self.generator.device)
+        return (parts + self.uniform(count)) / whole
 
     def standard_normal(self, shape) -> Tensor:
         return self._part(torch.randn, *shape)

@@ -1,160 +1,70 @@
-"""Write it yourself: our formulas with their bodies taken out, and the proofs run on yours.
+"""Write it yourself: a copy of this repository with the equations left blank.
 
-`python -m support.exercises mine` writes ddpm.py, posterior.py, unet.py and sample.py into mine/,
-the body of each function that has a tag blank, its docstring kept.  `pytest --mine mine` proves
-the claims on what you have filled in; a file that is not there is ours.  Write √ as `sqrt` and ½
-as `/ 2`: the proofs are in exact fractions, and a float is none.
+`python -m support.exercises mine` makes the folder mine/, in which the body of every function with a
+tag is yours to write, in ddpm.py, posterior.py, unet.py and sample.py.  `cd mine && pytest` marks
+each function that you have filled in, by itself: all others are ours while it is tried.
 """
 import ast
-import importlib.util
 import re
-import sys
-import traceback
+import shutil
+from argparse import ArgumentParser
 from pathlib import Path
 
-import pytest
-from hypothesis import Phase, settings
+from support.console import run_script
 
-from support.console import Parser, one_line_errors
-from support.images import atomic_write
-
-ROOT, FILES = Path(__file__).resolve().parents[1], ("ddpm", "posterior", "unet", "sample")
-TAG = re.compile(r"\(?(Ho \(|Ho \w+ [A-Z\d.]+|[NV]\d+|Algorithm \d|DDIM|DPM|CFG|KL\b|score|"
-                 r"constant|completion|linear|cosine)")
+ROOT, FILES = Path(__file__).resolve().parents[1], ("ddpm.py", "posterior.py", "unet.py", "sample.py")
+TAG = re.compile(r"Ho \(|Ho [a-z]|[NV]\d|\(?(Algorithm|DDIM|DPM|CFG|KL|score|constant|completion|"
+                 r"linear|cosine)\b")
 BLANK = 'raise NotImplementedError("yours to write")'
-FOUND = {}        # by claim, of each test: "proved", "blank: " and the function, or the test's name
+
+
+def tagged(source: str) -> list[tuple[str, ast.FunctionDef]]:
+    """The functions whose docstring begins with an equation and its tag, and the `forward` of such
+    classes, each with its name, in the order of the file.
+    """
+    found = []
+    for node in ast.parse(source).body:
+        first = (isinstance(node, (ast.FunctionDef, ast.ClassDef))
+                 and ast.get_docstring(node) or "").split("\n")[0]
+        if "  " not in first or not TAG.match(re.split(r"\s{2,}", first)[-1]):
+            continue
+        if isinstance(node, ast.FunctionDef):
+            found.append((node.name, node))
+        else:
+            found += [(f"{node.name}.{part.name}", part) for part in node.body
+                      if getattr(part, "name", "") == "forward"]
+    return found
 
 
 def blanked(source: str) -> str:
-    """The source without the bodies of tagged functions, and of `forward` in tagged classes."""
+    """The source without the bodies of tagged functions; their docstrings stay."""
     lines = source.splitlines()
-
-    def tagged(node):
-        first = (ast.get_docstring(node) or "").split("\n")[0]
-        return TAG.match(re.split(r"\s{2,}", first)[-1]) if "  " in first else None
-    bodies = []
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef) and tagged(node):
-            bodies.append(node.body[1:])
-        elif isinstance(node, ast.ClassDef) and tagged(node):
-            bodies += [part.body for part in node.body if getattr(part, "name", "") == "forward"]
-    for body in reversed(bodies):
-        space = " " * body[0].col_offset
-        lines[body[0].lineno - 1:body[-1].end_lineno] = [space + BLANK]
+    for _, node in reversed(tagged(source)):
+        body = node.body[1:] if ast.get_docstring(node) else node.body
+        lines[body[0].lineno - 1:body[-1].end_lineno] = [" " * body[0].col_offset + BLANK]
     return "\n".join(lines) + "\n"
 
 
-def blanks(source: str) -> list[str]:
-    """The functions, and classes, that still are blank."""
-    return [node.name for node in ast.parse(source).body
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef))
-            and BLANK in ast.get_source_segment(source, node)]
-
-
-# ── pytest --mine FOLDER ──────────────────────────────────────────────────────────────────────────
-
-def pytest_addoption(parser):
-    parser.addoption("--mine", metavar="FOLDER", type=Path, help="prove the claims on the ddpm.py, "
-                     "posterior.py, unet.py or sample.py in FOLDER, in the place of ours")
-
-
-def pytest_configure(config):
-    """Put the reader's files in the place of ours, before any test imports them."""
-    folder = config.getoption("--mine")
-    if folder is None:
-        return
-    if not any((folder / f"{name}.py").exists() for name in FILES):
-        raise pytest.UsageError(f"{folder} holds none of {', '.join(FILES)}.py: "
-                                f"python -m support.exercises {folder} begins them")
-    config.option.ignore = [config.rootpath / "support" / f"test_{name}.py"    # they need all
-                            for name in ("scripts", "wiring")]                 # of ours
-    for name in FILES:
-        if (folder / f"{name}.py").exists():
-            spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-            sys.modules[name] = importlib.util.module_from_spec(spec)
-            try:
-                spec.loader.exec_module(sys.modules[name])
-            except SyntaxError as error:
-                raise pytest.UsageError(f"{error.filename}, line {error.lineno}: {error.msg}")
-    # the first example that fails is enough: a blank has no simpler one
-    settings.register_profile("mine", settings.get_profile("default"),
-                              phases=(Phase.explicit, Phase.generate), report_multiple_bugs=False)
-    settings.load_profile("mine")
-
-
-def claims(docstring: str) -> list[str]:
-    """The claims that a test is titled by: 'Ho (6, 7), V8: …' → Ho (6), Ho (7)."""
-    title = docstring.split(":")[0].replace("Ho Algorithm", "Algorithm")
-    paper = [f"Ho ({n})" for group in re.findall(r"Ho \(([\d, ]+)\)", title)
-             for n in group.split(", ")]
-    tag = TAG.match(title)
-    return paper or [tag[1] if tag else "what is around them"]
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
-    """Remember what each test says of its claims: proved, wrong, or the function that is blank, at
-    which it is skipped.
-    """
-    if item.config.getoption("--mine") is None:
-        return (yield)
-    kind = item.name
-    try:
-        yield
-        kind = "proved"
-    except NotImplementedError as blank:
-        *_, (frame, _) = traceback.walk_tb(blank.__traceback__)
-        kind = f"blank: {frame.f_code.co_name}"
-        raise pytest.skip.Exception(kind) from None
-    finally:
-        for claim in claims(item.function.__doc__):
-            FOUND.setdefault(claim, []).append(kind)
-
-
-def order(claim: str) -> tuple:
-    """The paper's equations, its algorithms and appendices, and then the rest."""
-    number = re.match(r"Ho \((\d+)\)", claim)
-    return (0, int(number[1])) if number else (1 + (claim[:2] not in ("Al", "Ho")), claim)
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    """The claims in the paper's order: proved, not proved, or waiting for what is still blank."""
-    folder = config.getoption("--mine")
-    if folder is None:
-        return
-    write = terminalreporter.write_line
-    terminalreporter.section(f"the claims, on the files in {folder}")
-    for claim in sorted(FOUND, key=order):
-        kinds = FOUND[claim]
-        wrong = sorted({kind for kind in kinds if kind != "proved" and kind[:5] != "blank"})
-        waits = sorted({kind[7:] for kind in kinds if kind[:5] == "blank"})
-        says = (f"NOT PROVED by {', '.join(wrong)}" if wrong
-                else f"waits for {', '.join(waits)}" if waits else "proved")
-        write(f"{claim:20} {kinds.count('proved'):3} of {len(kinds):3}  {says}")
-    proved = sum(set(kinds) == {"proved"} for kinds in FOUND.values())
-    write(f"{proved} of {len(FOUND)} claims proved")
-    for name in FILES:
-        path = folder / f"{name}.py"
-        left = blanks(path.read_text(encoding="utf-8")) if path.exists() else []
-        if left:
-            write(f"still blank in {path}: {', '.join(left)}")
-
-
 def main():
-    parser = Parser(description="Write our files with the equations taken out, for you to fill in.")
-    parser.add_argument("folder", type=Path, help="where; pytest --mine FOLDER then proves them")
+    parser = ArgumentParser(description=__doc__.split("\n\n")[1])
+    parser.add_argument("folder", type=Path, help="a folder that is not there yet")
     folder = parser.parse_args().folder
-    with one_line_errors():
-        for name in FILES:
-            if (folder / f"{name}.py").exists():
-                raise ValueError(f"{folder / name}.py is there already: name another folder")
-        for name in FILES:
-            source = blanked((ROOT / f"{name}.py").read_text(encoding="utf-8"))
-            with atomic_write(folder / f"{name}.py") as file:
-                file.write(source.encode())
-            print(f"{folder / name}.py: {len(blanks(source))} to fill in")
-    print(f"next: pytest --mine {folder}")
+    if folder.exists():
+        raise ValueError(f"{folder} is there already: name another folder")
+    for part in ("assets", "support"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "ours").mkdir()
+    for path in [*ROOT.glob("*.py"), ROOT / "requirements.txt"]:
+        for place in (folder, folder / "ours"):
+            shutil.copy(path, place)
+    shutil.copy(ROOT / "support/marks.py", folder / "test_mine.py")
+    (folder / "pytest.ini").write_text("[pytest]\ntestpaths = test_mine.py\naddopts = -v --tb=line\n")
+    for name in FILES:
+        source = blanked((ROOT / name).read_text(encoding="utf-8"))
+        (folder / name).write_text(source, encoding="utf-8")
+        print(f"{folder / name}: {source.count(BLANK)} functions to write")
+    print(f"next: write one, then cd {folder} && pytest")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

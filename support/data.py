@@ -1,0 +1,163 @@
+"""Images in: the digits that ship, IDX files, .npz and .npy.
+
+Bytes 0..255 become pixels in [-1, 1] here, and go back in pictures.py.  No file is trusted: a size
+is believed only after it was compared with the bytes that are there, and nothing is unpickled.
+"""
+import contextlib
+import gzip
+import math
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from support.config import DIGITS, Config
+
+LARGEST = 4 << 30              # bytes that a file may unpack to; an .npy is read in place instead
+# What the two arrays of an .npz are called, in the order of preference.
+NAMES = (("images", "labels"), ("x_train", "y_train"), ("train_images", "train_labels"))
+
+
+def to_pixels(images):
+    """0..255 → [-1, 1]: x/127.5 − 1, for arrays and tensors alike, on whichever device they are."""
+    return images / 127.5 - 1
+
+
+def to_batch(images):
+    """A tensor of uint8 images (B, H, W, C) as the network takes them: (B, C, H, W) in [-1, 1]."""
+    return to_pixels(images).permute(0, 3, 1, 2)
+
+
+def load(path: str | Path | None = None, with_labels: bool = True) -> tuple:
+    """Images (N, H, W, C) uint8 and their labels (N,) int64, or None.
+
+    path: an .npz or .npy of uint8 images N x H x W or N x H x W x C; an IDX file, plain or gzipped,
+    its labels beside it under the authors' name; or None, for the digits that ship.
+    An .npy is memory-mapped and may be larger than memory.
+    Labels with gaps are numbered anew: EMNIST's letters, 1 to 26, become 0 to 25.
+    Raises ValueError or OSError, saying what to do.
+    """
+    path = Path(path or DIGITS)
+    read = {".npz": read_npz, ".npy": read_npy}.get(path.suffix, read_idx)
+    images, labels = read(path)
+    if not (images.dtype == np.uint8 and images.ndim in (3, 4) and images.size
+            and images.shape[3:] in ((), (1,), (3,))):
+        raise ValueError(f"{path} must hold uint8 images N x H x W, N x H x W x 1 or N x H x W x 3, "
+                         f"not {images.dtype} {images.shape}: READING.md has recipes")
+    if images.ndim == 3 and images.shape[2] == 3:
+        raise ValueError(f"{path} holds one image of {images.shape}, or many that are 3 pixels wide: "
+                         "save it as 1 x H x W x 3 or as N x H x 3 x 1")
+    if labels is not None and with_labels:
+        labels = checked_labels(path, labels, len(images))
+    return images.reshape(*images.shape[:3], -1), labels if with_labels else None
+
+
+def checked_labels(path: Path, labels: np.ndarray, count: int) -> np.ndarray:
+    """The labels as (N,) int64, numbered from 0 without gaps.  Raises ValueError for others."""
+    if labels.dtype.kind not in "iu" or labels.shape not in ((count,), (count, 1)):
+        raise ValueError(f"{path}: the labels of {count} images must be {count} whole numbers, "
+                         f"not {labels.dtype} {labels.shape}; or leave them out with --no-labels")
+    if not 0 <= labels.min() <= labels.max() <= 9999:
+        raise ValueError(f"{path}: labels must be 0 .. 9999, not {labels.min()} .. {labels.max()}")
+    return np.unique(labels.reshape(-1), return_inverse=True)[1]
+
+
+def split(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The indices of the images to train on, and of the tenth that is held out for evaluation.
+
+    A fixed permutation decides, since files are often sorted by label.
+    """
+    held_out = np.random.default_rng(0).permutation(count)[:count // 10]
+    return np.setdiff1d(np.arange(count), held_out), np.sort(held_out)
+
+
+def fingerprint(images: np.ndarray, labels: np.ndarray | None) -> str:
+    """Tells one data set from another: the number of images, a checksum of 1,000 and all labels."""
+    checksum = 0 if labels is None else zlib.crc32(labels.tobytes())
+    for image in images[:1000]:
+        checksum = zlib.crc32(image.tobytes(), checksum)
+    return f"{len(images)}-{checksum:08x}"
+
+
+def held_out_images(path: str | Path | None, config: Config, least: int, most: int) -> tuple:
+    """The first held-out images, (N, H, W, C) uint8, and their labels (N,) or None.
+
+    path: None for the data of the training.  Raises ValueError if there are fewer than `least`, or
+    if the network of `config` draws images of another size.
+    """
+    images, labels = load(path or config.data, with_labels=config.num_classes > 0)
+    held_out, (channels, *size) = split(len(images))[1], config.image_shape
+    if len(held_out) < least or images.shape[1:] != (*size, channels):
+        raise ValueError(f"{path or config.data or DIGITS} has {len(held_out)} held-out images of "
+                         f"{images.shape[1:]}; needed are {least} of {(*size, channels)}")
+    held_out = held_out[:most]
+    return images[held_out], None if labels is None else labels[held_out]
+
+
+# ── Files ─────────────────────────────────────────────────────────────────────────────────────────
+
+@contextlib.contextmanager
+def parsing(path: Path, kind: str):
+    """Turn whatever bad bytes lead to into one ValueError: zipfile, NumPy and JSON have many."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:      # it is missing, not damaged
+            raise
+        reason = " ".join((str(error) or type(error).__name__).split())[:200]
+        raise ValueError(f"{path} is not {kind}, or it is damaged: {reason}") from None
+
+
+def read_npy(path: Path) -> tuple[np.ndarray, None]:
+    """The array of an .npy, memory-mapped: only what is used is read."""
+    with parsing(path, "an .npy file"):
+        return np.lib.format.open_memmap(path, mode="r"), None
+
+
+def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The images and labels of an .npz: by name, or, under other names, the only ones that fit."""
+    with parsing(path, "an .npz file"), zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > LARGEST:
+            raise ValueError("it is too large: save the images as .npy, which is read in place")
+        with np.load(path) as arrays:
+            for images, labels in NAMES:
+                if images in arrays:
+                    return arrays[images], arrays[labels] if labels in arrays else None
+            found = {name: arrays[name] for name in arrays}
+    images = [a for a in found.values() if a.dtype == np.uint8 and a.ndim in (3, 4)]
+    labels = [a for a in found.values() if a.ndim < 3]
+    if len(images) != 1 or len(labels) > 1:
+        listed = ", ".join(f"{name}: {a.dtype} {a.shape}" for name, a in found.items())
+        raise ValueError(f"{path} holds {listed or 'nothing'}: save the images as `images` and their "
+                         "labels as `labels`")
+    return images[0], labels[0] if labels else None
+
+
+def read_idx(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The images of an IDX file, and the labels that lie beside it, plain or gzipped."""
+    name = path.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
+    beside = [path.with_name(name), path.with_name(name + ".gz")]
+    labels = next((idx_array(p) for p in beside if p.exists() and p != path), None)
+    return idx_array(path), labels
+
+
+def idx_array(path: Path) -> np.ndarray:
+    """IDX: 0, 0, 8 for uint8, the number of dimensions, each as a big-endian int32, the bytes."""
+    with open(path, "rb") as plain, parsing(path, "an IDX, .npz or .npy file"):
+        packed = plain.read(2) == b"\x1f\x8b"
+        plain.seek(0)
+        file = gzip.GzipFile(fileobj=plain) if packed else plain
+        start = file.read(4)
+        if start[:3] != b"\0\0\x08" or start[3:] not in (b"\x01", b"\x03"):
+            raise ValueError("it does not begin like one; READING.md has recipes for other formats")
+        shape = struct.unpack(f">{start[3]}I", file.read(4 * start[3]))
+        size = math.prod(shape)
+        body = bytearray(file.read(size + 1) if size <= LARGEST else b"")
+        if len(body) != size:
+            raise ValueError(f"{shape} does not fit what follows, or is too large: save the images "
+                             "as .npy, which is read in place")
+        return np.frombuffer(body, np.uint8).reshape(shape)

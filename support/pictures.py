@@ -1,0 +1,90 @@
+"""Pictures and files out: sheets, PNG and animated PNG; each is written whole or not at all."""
+import contextlib
+import errno
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+
+def to_bytes(x: np.ndarray) -> np.ndarray:
+    """[-1, 1] → 0..255, rounded; what lies outside is cut off."""
+    return np.rint((np.clip(x, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def to_pictures(x_t) -> np.ndarray:
+    """A tensor (B, C, H, W) in [-1, 1] as uint8 images (B, H, W, C)."""
+    return to_bytes(x_t.permute(0, 2, 3, 1).cpu().numpy())
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path):
+    """A binary file that appears at `path` complete or never: written beside, flushed, renamed.
+
+    The name beside it is always the same, so a run replaces what a killed one left.  What is no
+    regular file, such as a pipe, is written to as it is.
+    """
+    path = Path(os.path.realpath(path))                                      # links are followed
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; name a file", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = path.is_file() or not path.exists()
+    beside = path.with_name(f".{path.name}.part") if plain else path
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            if plain:
+                os.fsync(file.fileno())
+        if plain:
+            os.replace(beside, path)
+    except BaseException as error:
+        if plain:
+            beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(beside)):
+            error.filename = str(path)
+        raise
+
+
+def image_grid(images: np.ndarray, columns: int, zoom: int = 2, gap: int = 2) -> np.ndarray:
+    """N images (N, H, W) or (N, H, W, C) as one picture, in rows, each pixel zoom x zoom large."""
+    images = images.reshape(*images.shape[:3], -1).repeat(zoom, axis=1).repeat(zoom, axis=2)
+    n, h, w, c = images.shape
+    page = np.full((-(-n // columns) * (h + gap) + gap, columns * (w + gap) + gap, c), 128, np.uint8)
+    for i, image in enumerate(images):
+        y, x = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
+        page[y:y + h, x:x + w] = image
+    return page
+
+
+def encode_png(frames: list[np.ndarray], seconds: float = 0.1) -> bytes:
+    """A PNG of one uint8 image H x W (x 1 or 3), or an animated PNG of several.  (W3C PNG, 3rd ed.)
+
+    The last frame is what a viewer without animation shows; in an animation it stays for two
+    seconds before it begins again.
+    """
+    def chunk(name, *parts):
+        body = name + b"".join(parts)
+        return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+
+    height, width = frames[0].shape[:2]
+    colour = 2 if frames[0].size == 3 * height * width else 0
+    packed = [zlib.compress(np.insert(frame.reshape(height, -1), 0, 0, axis=1).tobytes(), 9)
+              for frame in frames]
+    chunks = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))]
+    if len(frames) > 1:
+        chunks.append(chunk(b"acTL", struct.pack(">II", len(frames), 0)))
+    chunks.append(chunk(b"IDAT", packed[-1]))
+    for k, pixels in enumerate(packed if len(frames) > 1 else []):
+        pause = round(1000 * (seconds if k + 1 < len(frames) else 2))
+        chunks.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", 2 * k, width, height, 0, 0,
+                                                 pause, 1000, 0, 0)))
+        chunks.append(chunk(b"fdAT", struct.pack(">I", 2 * k + 1), pixels))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND")
+
+
+def write_png(path: str | Path, *frames: np.ndarray):
+    with atomic_write(path) as file:
+        file.write(encode_png(frames))

@@ -1,0 +1,559 @@
+"""The commands, as a user runs them: that what is proved of the formulas reaches the pictures.
+
+With betas of 1e-6 an x_t tells its x_0 exactly, and what is left of it is ε.
+"""
+import os
+import re
+import shlex
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ddpm
+import evaluate
+import posterior
+import sample
+import train
+import unet
+from support import console, devices
+from support import data as files
+from support.config import PRESETS, Config, Sampling
+from support.test_data import decoded
+from support.test_weights import network, saved
+from support.weights import config_from, read_tensors
+
+CLEAR = ["--T", 4, "--beta-1", 1e-6, "--beta-T", 1e-6]       # so little noise that x_0 can be read
+SMALL = ["--model-channels", 8, "--device", "cpu"]
+
+
+# ── The demonstrations ────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("module, picture, says", [
+    (ddpm, "out/letter.png", "1000    0.965  -0.977     10.607     -0.010   0.002      0.999"),
+    (posterior, "out/posterior.png", "    3    0.611293    0.388707"),
+    (unet, None, "train.py's default network has 165,556 parameters")])
+def test_the_demonstrations(module, picture, says, call):
+    """V, its two notebooks: each script alone draws its picture and prints its figures."""
+    status, text, errors = call(module)
+    assert status == 0 and says in text and not errors
+    assert picture is None or decoded(Path(picture))[0].std() > 30
+
+
+def test_the_network_that_is_printed_is_the_one_that_is_trained(monkeypatch, capsys):
+    """unet.py: its first network is train.py's default on the digits."""
+    made, build = [], unet.UNet
+    monkeypatch.setattr(unet, "UNet", lambda *args: made.append(args) or build(*args))
+    unet.main()
+    assert made == [(Config(num_classes=10).architecture(),), ()]
+
+
+# ── Training ──────────────────────────────────────────────────────────────────────────────────────
+
+def test_training_says_what_it_does_and_the_loss_falls(trained, tiny):
+    """Algorithm 1: what to expect, one line now and then, a chart, the next command; the files."""
+    out, printed, errors = trained
+    images, labels = files.load(tiny)
+    least, known = evaluate.least_loss(images, labels, config_from(read_tensors(
+        out / "checkpoint.safetensors")[1]))
+    for text in ("device    cpu", "180 of 8x8x1 to train on, 20 held out, 2 labels, pixels 0 .. 239",
+                 "linear, T = 20: L_T = 0.00", "1 for a network that predicts no noise; "
+                 f"{least:.4f} for the best possible on\n          {known} of these images",
+                 "step 100 of 100 · loss", "images/s", "loss └", "next: python sample.py --weights"):
+        assert text in printed, text
+    assert not errors and "\r" not in printed and known == 180
+    rows = [line.split(",") for line in (out / "log.csv").read_text().split()]
+    losses = [float(loss) for _, loss in rows[1:]]
+    assert rows[0] == ["step", "loss"] and [r[0] for r in rows[1:]] == [str(10 * k) for k in range(1, 11)]
+    assert least < losses[-1] < losses[0] < 1.2 and losses[-1] < 0.5
+    for k in (20, 40, 60, 80, 100):
+        assert decoded(out / f"step-{k:06}.png")[0].shape == (10 * 18 + 2, 10 * 18 + 2, 1)
+
+
+def test_a_label_without_a_training_image_is_told(call, short):
+    """Data: before training begins, the label whose only image is held out."""
+    labels = np.arange(99) % 2
+    labels[files.split(99)[1][0]] = 2
+    np.savez("rare.npz", images=np.zeros((99, 8, 8), np.uint8), labels=labels)
+    text = call(train, "--data", "rare.npz", "--steps", 1, "--batch", 2, *SMALL)[1]
+    assert "label 2 has no image to train on" in text.split("step 1")[0]
+
+
+def test_the_chart_and_the_progress_say_what_was_measured(capsys, monkeypatch):
+    """Console: the whole text of a small chart; speed and time left, with a clock of our own."""
+    log = [(10 * k, loss) for k, loss in enumerate((1.0, 0.1, 0.1, 0.01), 1)]
+    assert console.chart(log, height=3) == (
+        "  1.0000 │●   \n  0.1000 │ ●● \n  0.0100 │   ●\n    loss └──── step 40")
+    clock = iter([100.0, 102.0, 104.0, 130.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    progress = console.Progress(30, first=10, images=64)
+    progress(20, "a"), progress(25, "b"), progress(28, "c")
+    assert capsys.readouterr().out == ("a · 320 images/s · 0:00:02 left\n"
+                                       "c · 38.4 images/s · 0:00:03 left\n")
+
+
+def read_off(x_t, t, schedule):
+    """Which image each x_t comes from, whether mirrored, and its ε."""
+    level = (x_t.double().numpy() + 1) * 127.5
+    assert np.abs(level[:, 2] - 64).max() < 2                              # blue is the third
+    assert np.abs(level[:, 1, 0] - 100).max() < 2                          # and up is up
+    which, mirrored = np.rint(level[:, 0].mean((1, 2)) / 5).astype(int), level[:, 1, 4, 0] > 100
+    x0 = np.zeros(x_t.shape)
+    for k, (image, mirror) in enumerate(zip(which, mirrored)):
+        picture = np.zeros((3, 8, 8))
+        picture[0], picture[1, :, 4:], picture[1, 0], picture[2] = 5 * image, 200, 100, 64
+        x0[k] = (picture[:, :, ::-1] if mirror else picture) / 127.5 - 1
+    return which, mirrored, ddpm.eps_from_x0(x_t.double().numpy(), t.numpy().reshape(-1, 1, 1, 1),
+                                             x0, schedule)
+
+
+def test_the_network_is_trained_on_what_algorithm_1_says(coloured, call, watched):
+    """Algorithm 1 in `python train.py`: x_0 from the training part, each with its own label, or
+    none; each its own t and ε, at the noise level of its t; the loss in log.csv is theirs; dropout
+    is active; what is drawn then is the average's, without dropout.
+
+    Five standard errors of 640 images: a false alarm once in 10⁶; a share that is off by a tenth,
+    and a noise level by 2%, are found.
+    """
+    assert call(train, "--data", coloured, "--steps", 10, "--batch", 64, "--flip", "--dropout", 0.2,
+                "--p-uncond", 0.25, *CLEAR, *SMALL)[0] == 0
+    steps, drawn = watched[:10], watched[10:]
+    schedule, losses, seen = ddpm.linear(4, 1e-6, 1e-6), [], []
+    for step in steps:
+        assert step.training and step.dropout == {0.2} and step.x_t.shape == (64, 3, 8, 8)
+        which, mirrored, eps = read_off(step.x_t, step.t, schedule)
+        dropped = step.label.numpy() == 4
+        assert np.array_equal(step.label[~dropped], which[~dropped] % 4) and len(set(which)) > 20
+        assert np.array_equal(np.bincount(step.t), [0] + [16] * 4)                  # stratified
+        losses.append(((step.output.double().numpy() - eps) ** 2).mean((1, 2, 3)))
+        seen.append((which, mirrored, dropped, eps))
+    which, mirrored, dropped, eps = map(np.concatenate, zip(*seen))
+    assert set(which) == set(files.split(40)[0])
+    assert abs(mirrored.mean() - 0.5) < 5 * 0.5 / 640 ** 0.5
+    assert abs(dropped.mean() - 0.25) < 5 * 0.434 / 640 ** 0.5
+    t = torch.cat([step.t for step in steps]).numpy()
+    for each in (1, 2, 3, 4):
+        z = eps[t == each]
+        assert abs(z.mean()) < 5 / z.size ** 0.5 and abs(z.var() - 1) < 5 * (2 / z.size) ** 0.5
+    similar = np.corrcoef(eps.reshape(640, -1)) - np.eye(640)
+    assert np.abs(similar).max() < 0.5                                          # of 192 pixels
+    row = [float(part) for part in Path("out/log.csv").read_text().split()[1].split(",")]
+    np.testing.assert_allclose(row, [10, np.mean(losses)], rtol=1e-4)
+    run, shared = (read_tensors(Path("out", f"{name}.safetensors"))[0]
+                   for name in ("checkpoint", "network"))
+    assert len(drawn) == 2 * 4 and not any(step.training for step in drawn)   # 100 images, 64 at once
+    for step, first, last in zip(drawn, 4 * [0] + 4 * [64], 4 * [64] + 4 * [100]):
+        assert torch.equal(step.bias, run["ema.conv_in.bias"])
+        assert not torch.equal(step.bias, run["net.conv_in.bias"])
+        assert step.label.tolist() == (np.arange(100) // 25)[first:last].tolist()
+    assert all(torch.equal(p, run[f"ema.{name}"].half()) for name, p in shared.items())
+
+
+def test_a_picture_of_the_training_takes_ten_steps(coloured, call, watched):
+    """Drawing: one step of training, then ten calls of the network at the squares of 1 .. 10."""
+    call(train, "--data", coloured, "--steps", 1, "--batch", 100, *SMALL)
+    assert [int(step.t[0]) for step in watched[1:]] == [1000, 810, 640, 490, 360, 250, 160, 90,
+                                                        40, 10]
+
+
+@pytest.mark.parametrize("named, schedule", [
+    (["--schedule", "cosine", "--T", 5], ddpm.cosine(5)),
+    (["--T", 5, "--beta-1", 0.2, "--beta-T", 0.7], ddpm.linear(5, 0.2, 0.7)), ([], ddpm.linear())])
+def test_the_noise_is_that_of_the_schedule_that_was_named(named, schedule, call, watched):
+    """--schedule, --T, --beta-1, --beta-T: black images in training have mean −√ᾱ_t and variance
+    1 − ᾱ_t, and sampling begins at t = T.
+
+    Five standard errors of 64 pixels a t: z has mean 0 and variance 1 over all of them; an ᾱ_t of
+    another schedule is found.
+    """
+    np.savez("black.npz", images=np.zeros((50, 8, 8), np.uint8))
+    _, text, _ = call(train, "--data", "black.npz", "--steps", 3, "--batch", 100, *named, *SMALL)
+    z = []
+    for step in watched[:3]:
+        mean, variance = ddpm.q_marginal(-1, step.t.numpy(), schedule)
+        z.append((step.x_t.numpy() - mean.reshape(-1, 1, 1, 1))
+                 / np.sqrt(variance).reshape(-1, 1, 1, 1))
+        assert step.t.min() >= 1 and schedule.T * 0.9 < step.t.max() <= schedule.T
+    z = np.array(z)
+    assert abs(z.mean()) < 5 / z.size ** 0.5 and abs(z.var() - 1) < 5 * (2 / z.size) ** 0.5
+    assert watched[3].t.tolist() == [schedule.T] * 100
+    l_T = posterior.bits_per_dim(posterior.L_T(-np.ones(1), schedule))
+    assert f"T = {schedule.T}: L_T = {l_T:.3g} bits/dim" in text
+
+
+def test_the_seed_reaches_weights_images_and_noise(coloured, call, watched):
+    """--seed: the same one gives the same run; another one other weights, images, t, ε, dropout."""
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        call(train, "--data", coloured, "--steps", 1, "--batch", 16, "--seed", seed, "--out", name,
+             *CLEAR, *SMALL)
+    firsts = [step for step in watched if step.training]
+    weights = [read_tensors(Path(name, "checkpoint.safetensors"))[0] for name in "abc"]
+    for other, equal in ((1, True), (2, False)):
+        assert torch.equal(firsts[0].x_t, firsts[other].x_t) == equal
+        assert all(torch.equal(weights[0][name], weights[other][name]) == equal
+                   for name in ("net.conv_in.weight", "net.label", "net.middle.0.conv1.weight"))
+    schedule = ddpm.linear(4, 1e-6, 1e-6)
+    (which, _, eps), (others, _, other_eps) = (read_off(step.x_t, step.t, schedule)
+                                               for step in (firsts[0], firsts[2]))
+    assert not np.array_equal(which, others) and abs((eps * other_eps).mean()) < 0.1
+
+
+@pytest.mark.parametrize("extra, bfloat16", [([], True), (["--float32"], False)])
+def test_bfloat16_is_used_where_it_can_be(extra, bfloat16, coloured, call, watched, monkeypatch):
+    """Precision: training, sampling and evaluation are in bfloat16 where the device has it, and
+    not with --float32.
+    """
+    for name in ("avx512_bf16", "amx_bf16"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True})
+        assert devices.precision(torch.device("cpu"), False) == "bfloat16"
+    call(train, "--data", coloured, "--steps", 1, "--batch", 4, *extra, *CLEAR, *SMALL)
+    seen = [len(watched)]
+    call(sample, "--steps", 1, "-n", 2, "--device", "cpu")
+    seen.append(len(watched))
+    call(evaluate, "--device", "cpu")
+    assert 0 < seen[0] < seen[1] < len(watched)
+    assert all(step.bfloat16 == bfloat16 for step in watched)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    assert devices.precision(torch.device("cpu"), False) == "float32"
+
+
+TRAINING = [
+    ("labels", ["--no-labels"]), ("flip", ["--flip"]), ("steps", ["--steps", 4]),
+    ("batch", ["--batch", 8]), ("lr", ["--lr", 0.01]), ("muon_lr", ["--muon-lr", 0]),
+    ("warmup", ["--warmup", 1]), ("decay", ["--no-decay"]), ("beta2", ["--beta2", 0.5]),
+    ("grad_clip", ["--grad-clip", 0.001]), ("ema_decay", ["--ema-decay", 0.1]),
+    ("p_uncond", ["--p-uncond", 0.9]), ("seed", ["--seed", 5]), ("float32", ["--float32"]),
+    ("schedule", ["--schedule", "cosine"]), ("T", ["--T", 7]), ("beta_1", ["--beta-1", 0.01]),
+    ("beta_T", ["--beta-T", 0.1]), ("model_channels", ["--model-channels", 16]),
+    ("channel_mult", ["--channel-mult", 1]), ("num_res_blocks", ["--num-res-blocks", 2]),
+    ("attention_resolutions", ["--attention-resolutions", 4]), ("dropout", ["--dropout", 0.5]),
+    ("num_groups", ["--num-groups", 2]), ("patch_size", ["--patch-size", 1]),
+    ("data", ["--data", "other.npz"])]
+
+
+@pytest.fixture(scope="module")
+def plain_run():
+    """The final state of the run without any of these options, kept from its first use."""
+    return []
+
+
+@pytest.mark.parametrize("name, argv", TRAINING, ids=[name for name, _ in TRAINING])
+def test_every_option_of_training_changes_what_is_trained(name, argv, plain_run, call, monkeypatch):
+    """Options: each changes its own setting in the checkpoint and no other, and with it the
+    parameters or their average.
+    """
+    assert {name for name, _ in TRAINING} == {f.name for f in fields(Config) if f.metadata["help"]}
+    monkeypatch.setattr(train, "draw_samples", lambda run, path: None)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8), np.uint8)
+    np.savez("images.npz", images=images, labels=np.arange(30) % 3)
+    np.savez("other.npz", images=images[::-1], labels=np.arange(30) % 3)
+    base = ["--data", "images.npz", "--steps", 3, "--batch", 6, *SMALL, "--warmup", 2]
+    if not plain_run:
+        assert call(train, *base)[0] == 0
+        plain_run.extend(read_tensors(Path("out/checkpoint.safetensors")))
+    assert call(train, *base, *argv, "--out", "changed")[0] == 0
+    changed, metadata = read_tensors(Path("changed/checkpoint.safetensors"))
+    plain, settings_ = plain_run[0], asdict(config_from(plain_run[1]))
+    follows = dict(labels={"num_classes"}, data={"fingerprint"}).get(name, set())
+    differ = {key for key, value in asdict(config_from(metadata)).items() if value != settings_[key]}
+    if name == "labels":                                # the fingerprint is of images and labels
+        differ -= {"fingerprint"}
+    assert differ == {name} | follows
+    assert changed.keys() != plain.keys() or any(
+        p.shape != changed[key].shape or not torch.equal(p, changed[key])
+        for key, p in plain.items() if key.startswith(("net.", "ema.")))
+    if name == "ema_decay":
+        assert all(torch.equal(p, changed[key]) for key, p in plain.items() if key[:4] == "net.")
+
+
+def test_the_presets_are_what_they_say():
+    """Ho appendix B and section 4, CIFAR10, one by one; and every default of training."""
+    paper = dict(
+        data=None, labels=False, flip=True, steps=800_000, batch=128, lr=2e-4, muon_lr=0.0,
+        warmup=5000, decay=False, beta2=0.999, grad_clip=1.0, ema_decay=0.9999, p_uncond=0.1,
+        seed=0, float32=False, schedule="linear", T=1000, beta_1=1e-4, beta_T=0.02,
+        model_channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2,
+        attention_resolutions=(16,), dropout=0.1, num_groups=32, patch_size=1,
+        image_shape=(3, 32, 32), num_classes=0, fingerprint="none")
+    assert asdict(PRESETS["cifar10"]) == paper
+    assert asdict(PRESETS["digits"]) == asdict(Config()) == paper | dict(
+        labels=True, flip=False, steps=2000, batch=64, lr=6e-3, muon_lr=0.03, warmup=100,
+        decay=True, beta2=0.99, ema_decay=0.999, model_channels=16, channel_mult=(1, 2),
+        num_res_blocks=1, attention_resolutions=(0,), dropout=0.0, num_groups=1, patch_size=2,
+        image_shape=(1, 28, 28))
+
+
+def test_a_preset_and_what_is_named_beside_it(tiny, call, short):
+    """--preset: its settings, and over them those that are named."""
+    argv = ["--preset", "cifar10", "--data", tiny, "--steps", 2, "--model-channels", 32, "--batch",
+            4, "--T", 5, "--no-flip", "--attention-resolutions", 4, 2, "--num-res-blocks", 1,
+            "--channel-mult", 1, 2, "--device", "cpu"]
+    assert call(train, *argv)[0] == 0
+    found = asdict(config_from(read_tensors(Path("out/checkpoint.safetensors"))[1]))
+    assert found == asdict(PRESETS["cifar10"]) | dict(
+        data=str(tiny), steps=2, model_channels=32, batch=4, T=5, flip=False,
+        attention_resolutions=(4, 2), image_shape=(1, 8, 8), num_res_blocks=1, channel_mult=(1, 2),
+        fingerprint=found["fingerprint"])
+
+
+# ── Sampling and evaluation ───────────────────────────────────────────────────────────────────────
+
+def test_the_default_is_algorithm_2():
+    """Algorithm 2: ddpm, all steps, σ² = β, guidance 1, and every other default of sampling; the
+    help shows them.
+    """
+    assert asdict(Sampling()) == dict(
+        sampler="ddpm", steps=1000, variance="beta", eta=1.0, clip=True, guidance=1.0,
+        label="random", keep=None, resample=1, n=100, batch=100, weights=None,
+        out="out/samples.png", animate=False, data=None, device=None, seed=0)
+    for parser, settings_ in ((train.arguments(), Config), (sample.arguments(), Sampling)):
+        text = " ".join(parser.format_help().split())
+        for rule in fields(settings_):
+            shown = " ".join(map(str, rule.default)) if type(rule.default) is tuple else rule.default
+            if rule.metadata["help"]:
+                told = rule.metadata["help"] + (f" ({shown})" if shown is not None else "")
+                assert " ".join(told.split()) in text, told
+
+
+def test_sampling_draws_what_was_learned(trained, call):
+    """Algorithm 2: the sheet's images have a bright half, and labels choose which."""
+    status, text, errors = call(
+        sample, "--weights", trained[0] / "checkpoint.safetensors", "--label", "all", "--guidance",
+        3, "-n", 40, "--out", "new/folder/s.npz")
+    assert status == 0 and "ddpm, 20 steps" in text and "images/s" in text and not errors
+    found = np.load("new/folder/s.npz")
+    images, labels = found["images"].astype(int), found["labels"]
+    assert (images.shape == (40, 8, 8) and found["images"].dtype == np.uint8
+            and labels.tolist() == [0, 1] * 20)
+    brighter_left = images[:, :, :4].mean((1, 2)) > images[:, :, 4:].mean((1, 2))
+    assert (brighter_left == (labels == 0)).mean() > 0.8
+
+
+@pytest.mark.parametrize("options", [
+    ["--variance", "beta_tilde"], ["--sampler", "ddim", "--steps", 4, "--eta", 0.5],
+    ["--sampler", "dpm", "--steps", 4, "--guidance", 2, "--label", 1]])
+def test_the_same_pictures_whatever_the_batch(options, trained, call, monkeypatch):
+    """Determinism: same seed, same images; -n 12 is -n 12 --batch 5 to within the rounding of sums
+    in another order; another seed is not.
+    """
+    monkeypatch.setattr(devices, "precision", lambda device, float32: "float32")
+    weights = ["--weights", trained[0] / "checkpoint.safetensors", "-n", 12, *options]
+    for name, extra in (("a", []), ("b", []), ("c", ["--batch", 5]), ("d", ["--seed", 1])):
+        assert call(sample, *weights, "--device", "cpu", "--out", f"{name}.npz", *extra)[0] == 0
+    a, b, c, d = (np.load(f"{name}.npz") for name in "abcd")
+    assert np.array_equal(a["images"], b["images"]) and np.array_equal(a["labels"], b["labels"])
+    assert np.array_equal(a["labels"], c["labels"])
+    assert np.abs(a["images"].astype(int) - c["images"]).max() <= 1
+    assert np.abs(a["images"].astype(int) - d["images"]).max() > 20
+    if "--label" not in options:                                # each equally often, shuffled
+        assert np.bincount(a["labels"]).tolist() == [6, 6] and a["labels"].tolist() != [0, 1] * 6
+
+
+def test_labels_are_saved_only_where_they_were_followed(trained, call):
+    """.npz: with --guidance 0 and with --label none there are no labels to save."""
+    for options, there in (([], True), (["--guidance", 0], False), (["--label", "none"], False)):
+        call(sample, "--weights", trained[0] / "network.safetensors", "-n", 2, "--steps", 1, "--out",
+             "x.npz", *options)
+        assert ("labels" in np.load("x.npz")) == there
+
+
+@pytest.mark.parametrize("extra, size, frames", [
+    (["-n", 5], (2, 3, 16), 0), (["-n", 4, "--animate"], (2, 2, 32), 4),
+    (["-n", 6, "--label", "all"], (3, 2, 16), 0),
+    (["-n", 2, "--keep", "top", "--resample", 2, "--label", "all"], (2, 6, 16), 0),
+    (["-n", 2, "--keep", "top", "--animate"], (2, 6, 16), 4),
+    (["-n", 3, "--keep", "coarse"], (3, 6, 16), 0)])
+def test_pictures_of_all_kinds(extra, size, frames, trained, call):
+    """A sheet, a column per class, rows of original, kept, completions; animations from x_T to x_0,
+    with x̂_0 below.
+    """
+    assert call(sample, "--weights", trained[0] / "checkpoint.safetensors", "--sampler", "ddim",
+                "--steps", 3, "--device", "cpu", *extra) [0] == 0
+    pixels, found = decoded(Path("out/samples.png"))
+    rows, columns, height = size
+    assert pixels.shape == (rows * (height + 2) + 2, columns * 18 + 2, 1) and found == frames
+
+
+def test_completions_keep_what_they_say(trained, tiny, call):
+    """--keep top: the known half of each held-out image, exact, in four different completions; the
+    picture shows the original and what is kept of it beside them.
+    """
+    keep = ["--weights", trained[0] / "checkpoint.safetensors", "--steps", 3, "-n", 2, "--keep",
+            "top", "--device", "cpu", "--out"]
+    assert call(sample, *keep, "k.npz")[0] == call(sample, *keep, "k.png")[0] == 0
+    original = files.load(tiny)[0][files.split(200)[1][:2], :, :, 0]
+    completed = np.load("k.npz")["images"].reshape(2, 4, 8, 8)
+    assert np.array_equal(completed[:, :, :4], np.broadcast_to(original[:, None, :4], (2, 4, 4, 8)))
+    assert not np.array_equal(completed[0, 0], completed[0, 1])
+    page = decoded(Path("k.png"))[0][..., 0]
+    shown = [page[2 + 18 * row:18 * row + 18:2, 2 + 18 * k:18 * k + 18:2]
+             for row in range(2) for k in range(6)]
+    assert np.array_equal(shown[0], original[0]) and np.array_equal(shown[11], completed[1, 3])
+    assert np.array_equal(shown[7][:4], original[1, :4]) and np.all(shown[7][4:] == 128)
+
+
+def test_the_frames_of_an_animation_run_from_noise_to_the_image(trained, call):
+    """--animate: x_T and nothing predicted yet; then each x_t above the x̂_0 that led there; at last
+    the image twice.  A viewer without animation shows that last frame.
+    """
+    both = ["--weights", trained[0] / "checkpoint.safetensors", "--sampler", "ddim", "--steps", 3,
+            "-n", 5, "--device", "cpu", "--batch", 2, "--out"]
+    assert call(sample, *both, "way.png", "--animate")[0] == 0
+    assert call(sample, *both, "x0.npz")[0] == 0
+    frames = decoded(Path("way.png"), every=True)[0]
+    cells = [np.array([frame[2 + 34 * (i // 3):][:32:2, 2 + 18 * (i % 3):][:, :16:2, 0]
+                       for i in range(5)]) for frame in frames]
+    x_t, predicted = [[cell[:, rows] for cell in cells] for rows in (slice(0, 8), slice(8, 16))]
+    assert np.all(predicted[0] == 128) and x_t[0].std() > 80 and len(frames) == 4
+    assert np.array_equal(x_t[-1], np.load("x0.npz")["images"])
+    assert np.array_equal(predicted[-1], x_t[-1]) and not np.array_equal(predicted[1], x_t[1])
+    assert np.array_equal(decoded(Path("way.png"))[0], frames[-1])
+
+
+@pytest.fixture
+def random_network(coloured, tmp_path):
+    """A network with random weights, trained as it were on the coloured images; and another."""
+    settings_ = dict(data=str(coloured), image_shape=(3, 8, 8), num_classes=4, model_channels=8,
+                     channel_mult=(1, 2), patch_size=2, T=6, beta_1=1e-6, beta_T=0.3,
+                     fingerprint=files.fingerprint(*files.load(coloured)))
+    net = network(Config(**settings_))
+    saved(tmp_path / "net", net.state_dict(), **settings_)
+    net.conv_out.bias.data += 0.5
+    saved(tmp_path / "other", net.state_dict(), **settings_)
+
+
+DDIM, KEEP = ["--sampler", "ddim"], ["--keep", "top"]
+SAMPLING = [
+    ("sampler", [], DDIM), ("sampler", DDIM, ["--sampler", "dpm"]), ("steps", [], ["--steps", 3]),
+    ("variance", [], ["--variance", "beta_tilde"]), ("eta", DDIM, ["--eta", 0.5]),
+    ("clip", [], ["--no-clip"]), ("label", [], ["--label", 1]), ("label", [], ["--label", "none"]),
+    ("guidance", [], ["--guidance", 3]), ("guidance", [], ["--guidance", 0]),
+    ("keep", KEEP, ["--keep", "bottom"]), ("keep", KEEP, ["--keep", "left"]),
+    ("keep", KEEP, ["--keep", "coarse"]), ("resample", KEEP, ["--resample", 2]),
+    ("n", [], ["-n", 3]), ("weights", [], ["--weights", "other"]),
+    ("data", KEEP, ["--data", "turned.npz"]), ("seed", [], ["--seed", 1])]
+
+
+@pytest.mark.parametrize("name, base, extra", SAMPLING)
+def test_every_option_of_sampling_changes_what_is_drawn(name, base, extra, random_network, coloured,
+                                                        call):
+    """Options: each changes the images."""
+    assert {name for name, _, _ in SAMPLING} | {"out", "batch", "animate", "device"} == {
+        f.name for f in fields(Sampling)}
+    images, labels = files.load(coloured)
+    np.savez("turned.npz", images=images[:, ::-1], labels=labels)
+    found = []
+    for argv in (base, [*base, *extra]):
+        assert call(sample, "--weights", "net", "-n", 4, "--device", "cpu", "--out", "x.npz",
+                    *argv)[0] == 0
+        found.append(np.load("x.npz")["images"])
+    assert found[0].shape != found[1].shape or np.abs(
+        found[0].astype(int) - found[1]).max() > 2
+
+
+def test_the_bound_is_that_of_the_held_out_images(random_network, coloured, call, watched):
+    """Ho (5): what is evaluated is the average, on the images that were held out, each with its own
+    label and its own t; then come its terms and total, and the distances to the training images.
+    """
+    status, text, errors = call(evaluate, "--weights", "net", "--device", "cpu")
+    assert status == 0 and not errors and text.count("the bound: t = 6 of 6") == 1
+    rows = files.split(40)[1]
+    steps = [step for step in watched if len(step.x_t) != 10]        # ten images are of perfect.png
+    assert [(step.t[0].item(), len(step.x_t)) for step in steps] == [
+        *((t, 32) for t in (2, 3, 4, 5, 6)), (1, 4), *((t, 4) for t in (6, 5, 4, 3, 2, 1))]
+    assert all(len(set(step.t.tolist())) == 1 and not step.training for step in watched)
+    which = read_off(steps[5].x_t, steps[5].t, ddpm.linear(6, 1e-6, 0.3))[0]
+    assert which.tolist() == rows.tolist() and steps[5].label.tolist() == (rows % 4).tolist()
+    x0 = files.to_pixels(files.load(coloured)[0][rows].astype(float))
+    for line in [line for line in text.splitlines() if line.startswith("beta")]:
+        values = [float(word) for word in line.replace("±", " ").split()[1:]]
+        assert values[6] == pytest.approx(values[0] + values[2] + values[4], abs=2e-3)
+        assert values[7] == pytest.approx((values[3] ** 2 + values[5] ** 2) ** 0.5, rel=1e-2)
+        l_T = posterior.bits_per_dim(posterior.L_T(x0, ddpm.linear(6, 1e-6, 0.3)))
+        assert values[0] == pytest.approx(l_T, abs=1e-4)
+    training = files.load(coloured)[0][files.split(40)[0]]
+    distance = evaluate.nearest(files.load(coloured)[0][rows], training)[0]
+    held_out, drawn = (line.split() for line in text.splitlines()[-2:])
+    assert held_out == ["4", "held-out", "images", f"{distance.min():.4f}",
+                        f"{np.median(distance):.4f}"] and drawn[:3] == ["4", "drawn", "images"]
+    perfect = [line.split() for line in text.splitlines() if line.startswith(("perfect", "ours"))]
+    assert set(perfect[0][1:]) == {"0.000"} and min(map(float, perfect[1][1:])) > 0.1
+    page = decoded(Path("out/perfect.png"))[0]
+    above, copied, ours = (page[2 + 18 * row:18 * row + 18] for row in range(3))
+    assert np.array_equal(above, copied) and not np.array_equal(above, ours)
+
+
+def test_the_network_that_ships_is_shown_but_not_measured_on_what_it_has_seen(call):
+    """evaluate.py, in a fresh clone: its drawings beside the perfect network's, and why no bound."""
+    status, text, errors = call(evaluate, "--weights", sample.SHIPPED, "--device", "cpu")
+    assert status == 0 and not errors and "no bound: " in text and "--data" in text
+    assert text.count("0.000") == 10 and decoded(Path("out/perfect.png"))[0].std() > 30
+
+
+# ── Errors ────────────────────────────────────────────────────────────────────────────────────────
+
+@pytest.mark.parametrize("script, argv, says", [
+    (train, ["--T", 0], "--T must be 1 .. 1000000, not 0"), (train, ["--T", "x"], "invalid int"),
+    (train, ["--beta-T", "nan"], "--beta-T must be 1e-09 .. 0.9999, not nan"),
+    (train, ["--device", "nonsense"], "no device 'nonsense'"),
+    (train, ["--device", "meta"], "no device 'meta'"), (train, ["--device", "cuda:99"], "no device"),
+    (train, ["--schedule", "cosine", "--beta-1", 0.1], "belong to --schedule linear"),
+    (train, ["--schedule", "x"], "invalid choice"), (train, ["--nonsense"], "unrecognized arguments"),
+    (train, ["--model-channels", 7], "7 model channels must be an even number"),
+    (train, ["--patch-size", 3], "cannot halve images of 28x28: both sides must be multiples of 6"),
+    (train, ["--out", "file/out"], "file"), (train, ["--data", "a\nb"], "a b: No such file"),
+    (train, ["--resume"], "start without --resume"),
+    (sample, ["--sampler", "x"], "invalid choice"), (sample, ["--label", 10], "must be 0 .. 9, all"),
+    (sample, ["--label", "all", "-n", 3], "multiple of 10"),
+    (sample, ["--eta", 0.5], "--eta belongs to"), (sample, ["--keep", "top", "--sampler", "dpm"],
+                                                   "--keep works with --sampler ddpm or ddim"),
+    (sample, ["--sampler", "dpm", "--variance", "beta_tilde"], "--variance belongs to"),
+    (sample, ["--out", "x.jpg"], "must end in .png or .npz"), (sample, ["--out", "file/x.png"], "file"),
+    (sample, ["--resample", 2], "--resample belongs to --keep"),
+    (sample, ["--keep", "left", "--data", "small.npz"], "held-out images of (8, 8, 1)"),
+    (sample, ["--keep", "left", "-n", 1001], "has 1000 held-out images"),
+    (sample, ["--weights", "missing"], "missing: No such file"),
+    (sample, ["--weights", "nan"], "some pixels are not finite"),
+    (evaluate, ["--data", "small.npz"], "held-out images of (8, 8, 1)"),
+    (evaluate, ["--data", "bare.npz"], "trained with labels 0 .. 9")])
+def test_what_the_user_can_mend_is_told_in_one_line(script, argv, says, call):
+    """Errors: one line on stderr that names the thing, status 2, no traceback, nothing written."""
+    Path("file").write_text("no folder")
+    np.savez("small.npz", images=np.zeros((99, 8, 8), np.uint8), labels=np.arange(99) % 10)
+    np.savez("bare.npz", images=np.zeros((99, 28, 28), np.uint8))
+    tensors, metadata = read_tensors(sample.SHIPPED)
+    tensors["conv_out.bias"] *= float("nan")
+    saved("nan", tensors, **asdict(config_from(metadata)))
+    weights = [] if "--weights" in argv or script is train else ["--weights", sample.SHIPPED]
+    status, text, errors = call(script, *weights, *argv, *([] if script is evaluate else [
+        "--steps", 1]))
+    lines = [line for line in errors.splitlines() if not line.startswith("usage: ")]
+    assert status == 2 and len(lines) == 1 and lines[0].startswith(f"{script.__name__}.py: ")
+    assert says in errors and not list(Path().glob("x.*")) and not list(Path().glob("out/*"))
+
+
+@pytest.mark.parametrize("error, says", [
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:1] err == 0. DefaultCPUAllocator: can't allocate "
+                  "memory: you tried to allocate 68719476736 bytes. Error code 12"),
+     "not enough memory for 68719476736 bytes more: a smaller --batch, a larger --patch-size"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has\na"),
+     "not enough memory for 20.00 GiB more"), (MemoryError(), "not enough memory: a smaller")])
+def test_too_little_memory_is_one_line(error, says, call, monkeypatch):
+    """Memory: whatever it is that asks for too much, one line, and no trace."""
+    def load_network(*_):
+        raise error
+    monkeypatch.setattr(sample, "load_network", load_network)
+    status, _, errors = call(sample)
+    assert status == 2 and says in errors and errors.count("\n") == 1
+
+
+def test_a_bug_keeps_its_trace():
+    """Errors: what the user cannot mend is not hidden, a RuntimeError of another kind included."""
+    for error in (RuntimeError("unsupported memory format"), TypeError("no"), KeyError("x")):
+        def main():
+            raise error
+        with pytest.raises(type(error)):
+            console.run_script(main)

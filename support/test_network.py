@@ -1,0 +1,239 @@
+"""The network against plain formulas and independent figures, and the optimizers."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from support.config import PRESETS
+from support.muon import Muon, optimizers
+from support.weights import their_names
+from test_math import SMALL, batch_of, near32, small_unet
+from train import optimizer_step
+from unet import (Architecture, Attention, Block, Downsample, Norm, UNet, Upsample, parameters,
+                  time_embedding)
+
+
+def test_the_paper_s_network_has_the_paper_s_size():
+    """Ho appendix B: 35.7 million parameters for CIFAR10, to the last; 113.7 million at 256x256."""
+    with torch.device("meta"):
+        assert parameters(UNet()) == 35_746_307
+        assert parameters(UNet(Architecture((3, 256, 256), channel_mult=(1, 1, 2, 2, 4, 4)))
+                          ) == 113_673_219
+    assert PRESETS["cifar10"].architecture() == Architecture()
+
+
+@pytest.mark.parametrize("architecture, output, entries", [
+    (Architecture((3, 16, 16), 8, (1, 2, 2), 2, attention_resolutions=(8,), num_groups=4),
+     (-0.24860960936457846, 0.6530918757364437),
+     {0: -0.33475942927347047, 1: 0.1290635530323906, 512: -0.7026060780287101,
+      768: -0.7830392976813665, 1535: 0.07227366757321466}),
+    (Architecture((1, 8, 8), 8, (1, 1), 1, attention_resolutions=(), num_groups=2),
+     (-0.8725843307705227, 1.4990473403226252),
+     {0: -0.16148422860925232, 1: 0.03736881844926068, 42: -2.0820145439076807,
+      64: 0.05764875054820978, 127: -0.5198524678073337})], ids=["attention", "small"])
+def test_the_network_is_that_of_diffusers(architecture, output, entries):
+    """Ho appendix B: diffusers 0.42.1 computes the same output (its mean, mean square and some
+    entries) from weights that a rule makes: a swapped skip, a missing activation, q, k and v in
+    another order, other padding, groups or epsilon would show.
+    """
+    net = UNet(architecture).eval()
+    weights = net.state_dict()
+    names = {theirs: (name, part) for name in weights
+             for part, theirs in enumerate(their_names(name, architecture.num_res_blocks))}
+    for n, theirs in enumerate(sorted(names)):
+        name, part = names[theirs]
+        tensor = weights[name].chunk(3)[part] if "qkv" in name else weights[name]
+        v = np.sin(n + np.arange(tensor.numel()) ** 2.0).reshape(tensor.shape)
+        if tensor.ndim > 1:
+            v = v * math.sqrt(3 / tensor[0].numel())
+        else:
+            v = 0.1 * v + theirs.endswith("weight")
+        tensor.copy_(torch.tensor(v, dtype=torch.float32))
+    shape = (2, *architecture.image_shape)
+    x = torch.tensor(np.cos(0.11 * np.arange(math.prod(shape))).reshape(shape),
+                     dtype=torch.float32)
+    with torch.no_grad():
+        found = net(x, torch.tensor([3, 870])).flatten().double()
+    near32(torch.stack([found.mean(), found.square().mean()]), output, condition=3)
+    near32(found[list(entries)], list(entries.values()), condition=3)
+
+
+def test_the_time_embedding_is_sines_then_cosines():
+    """Ho appendix B: sin and cos of t · 10000^(−k/(half−1)), against plain float powers."""
+    t = torch.tensor([1, 2, 500, 1000])
+    found = time_embedding(t, 8)
+    for row, time in zip(found, t.tolist()):
+        angles = [time * 10000 ** (-k / 3) for k in range(4)]
+        near32(row, [math.sin(a) for a in angles] + [math.cos(a) for a in angles], condition=100)
+
+
+def test_attention_is_the_softmax_of_dot_products():
+    """Ho appendix B: x + proj(softmax(Q Kᵀ/√C) V), written out in NumPy."""
+    torch.manual_seed(0)
+    attention = Attention(8, groups=2)
+    nn.init.normal_(attention.norm.weight), nn.init.normal_(attention.norm.bias)
+    x, x_torch = batch_of(0, 2, 8, 3, 3)
+    weights = {name: p.detach().double().numpy() for name, p in attention.named_parameters()}
+    for found, image in zip(attention(x_torch), x):
+        groups = image.reshape(2, -1)
+        groups = ((groups - groups.mean(1, keepdims=True))
+                  / np.sqrt(groups.var(1, keepdims=True) + 1e-6))
+        pixels = (groups.reshape(8, 9).T * weights["norm.weight"] + weights["norm.bias"])
+        q, k, v = np.split(pixels @ weights["qkv.weight"].T + weights["qkv.bias"], 3, axis=1)
+        attends = np.exp(q @ k.T / math.sqrt(8))
+        attends /= attends.sum(1, keepdims=True)
+        h = attends @ v @ weights["proj.weight"].T + weights["proj.bias"]
+        near32(found, image + h.T.reshape(8, 3, 3), condition=10)
+
+
+def test_a_block_is_its_equation():
+    """Ho appendix B: norm, act, conv, + Linear(act(temb)), norm, act, conv, + shortcut,
+    with plain operations.
+    """
+    torch.manual_seed(1)
+    block = Block(4, 8, 6, groups=2, dropout=0.0, attention=False)
+    for p in block.parameters():
+        nn.init.normal_(p)
+    x, temb = torch.randn(2, 4, 5, 5), torch.randn(2, 6)
+
+    def norm(x, weight, bias):
+        g = x.reshape(2, 2, -1)
+        g = (g - g.mean(2, keepdim=True)) / (g.var(2, correction=0, keepdim=True) + 1e-6).sqrt()
+        return g.reshape(x.shape) * weight[:, None, None] + bias[:, None, None]
+
+    def act(x):
+        return x / (1 + torch.exp(-x))
+
+    h = block.conv1(act(norm(x, block.norm1.weight, block.norm1.bias)))
+    h = h + (act(temb) @ block.time.weight.T + block.time.bias)[:, :, None, None]
+    h = block.conv2(act(norm(h, block.norm2.weight, block.norm2.bias)))
+    near32(block(x, temb), (h + block.shortcut(x)).detach().numpy(), condition=10)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_norms_of_bfloat16_have_exact_sums(groups):
+    """Ho appendix B: GroupNorm of bfloat16 is that of exact numbers but for its last rounding, also
+    of pixels far from 0, where sums in bfloat16 would be off by whole units.
+    """
+    norm, generator = Norm(groups, 16, eps=1e-6), torch.Generator().manual_seed(0)
+    x = (20 + 3 * torch.randn(2, 16, 8, 8, generator=generator)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = norm(x.contiguous(memory_format=torch.channels_last))
+    grouped = x.double().reshape(2, groups, -1)
+    exact = ((grouped - grouped.mean(2, keepdim=True))
+             / (grouped.var(2, correction=0, keepdim=True) + 1e-6).sqrt()).reshape(x.shape)
+    assert found.dtype == torch.bfloat16
+    np.testing.assert_allclose(found.detach().double(), exact, rtol=2**-8, atol=1e-4)
+
+
+def test_downsampling_pads_right_and_bottom_only():
+    """Ho appendix B: conv3 with stride 2 sees nothing above-left, and a zero beyond the last."""
+    down = Downsample(1)
+    nn.init.zeros_(down.conv.bias), nn.init.zeros_(down.conv.weight)
+    down.conv.weight.data[0, 0, 0, 0] = 1
+    x = torch.arange(16.0).reshape(1, 1, 4, 4)
+    assert torch.equal(down(x, None), x[:, :, ::2, ::2])
+    down.conv.weight.data[0, 0] = torch.tensor([[0, 0, 0], [0, 0, 0], [0, 0, 1.0]])
+    assert down(x, None)[0, 0].tolist() == [[10, 0], [0, 0]]
+
+
+def test_upsampling_repeats_each_pixel():
+    """Ho appendix B: each pixel becomes 2 x 2, then conv3, here one that does nothing."""
+    up = Upsample(1)
+    nn.init.zeros_(up.conv.bias), nn.init.dirac_(up.conv.weight)
+    x = torch.arange(6.0).reshape(1, 1, 2, 3)
+    assert torch.equal(up(x, None), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+def test_an_untrained_network_predicts_no_noise_and_every_parameter_counts():
+    """Ho appendix B: the output begins at 0; with any other weights, every one is used."""
+    torch.manual_seed(0)
+    net = UNet(SMALL.architecture())
+    for block in (m for m in net.modules() if isinstance(m, Block)):       # each begins as nothing
+        h, temb = torch.randn(2, block.norm1.num_channels, 4, 4), torch.randn(2, 32)
+        assert torch.equal(block(h, temb), block.shortcut(h))
+    x, t, label = torch.randn(4, 1, 8, 8), torch.tensor([1, 5, 9, 1000]), torch.tensor([0, 1, 2, 3])
+    assert torch.count_nonzero(net(x, t, label)) == 0
+    channels = net.middle[0].attention.proj.in_features
+    for weight in net.middle[0].attention.qkv.weight.chunk(3):    # uniform of variance 1/fan_avg
+        assert 0.9 < weight.abs().max() / math.sqrt(3 / channels) <= 1
+    net = small_unet()
+    net(x, t, label).square().sum().backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() > 0, name
+
+
+def test_the_network_sees_t_and_the_label():
+    """N6: ε_θ(x_t, t) depends on t; a label changes it, the one after the last stands for none."""
+    net, x = small_unet(), torch.randn(1, 1, 8, 8).repeat(4, 1, 1, 1)
+    with torch.no_grad():
+        by_t = net(x, torch.tensor([1, 2, 500, 1000]), torch.zeros(4, dtype=torch.long))
+        by_label = net(x, torch.full((4,), 7), torch.tensor([0, 1, 2, 3]))
+    for outputs in (by_t, by_label):
+        assert min((outputs[i] - outputs[j]).abs().max() for i in range(4) for j in range(i)) > 1e-4
+
+
+@pytest.mark.parametrize("shape, patch", [((1, 8, 8), 1), ((3, 12, 20), 1), ((1, 28, 28), 2),
+                                          ((3, 32, 32), 4)])
+def test_any_size_that_can_be_halved(shape, patch):
+    """Ho appendix B: the output has the input's shape; other sizes are refused."""
+    net = small_unet(image_shape=shape, num_classes=0, patch_size=patch)
+    x = torch.randn(2, *shape)
+    assert net(x, torch.tensor([1, 2])).shape == x.shape
+    with pytest.raises(ValueError, match=f"multiples of {2 * patch}"):
+        small_unet(image_shape=(shape[0], shape[1] + 1, shape[2]), patch_size=patch)
+    with pytest.raises(ValueError, match="groups"):
+        small_unet(model_channels=102, num_groups=4)
+
+
+def test_muon_steps_are_orthogonal_and_adam_has_the_rest():
+    """Muon: each hidden matrix moves by lr √max(1, rows/columns) times an orthogonal matrix along
+    its gradient's; every parameter has one optimizer; the paper's has Adam alone.
+
+    Five rounds of Newton-Schulz leave singular values of 0.6 to 1.3 where the gradient has those of
+    at least a hundredth of the largest.
+    """
+    net = small_unet()
+    adam, muon = found = optimizers(net, lr=0.0625, beta2=0.99, muon_lr=0.125)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    sum((p ** 2).sum() for p in net.parameters()).backward()
+    optimizer_step(found, 1.0)
+    matrices = 0
+    for name, p in net.named_parameters():
+        step = before[name] - p.detach()
+        if name.startswith(("down", "middle", "up")) and p.ndim > 1:
+            matrices += 1
+            rows, columns = step.flatten(1).shape
+            step = step.flatten(1) / (0.125 * math.sqrt(max(1, rows / columns)))
+            values = torch.linalg.svdvals(before[name].flatten(1))
+            large = torch.linalg.svdvals(step)[values > 0.01 * values[0] * len(values)]
+            assert 0.55 < large.min() and large.max() < 1.35
+            assert (step * before[name].flatten(1)).sum() > 0.5 * values.sum()
+        else:                                                   # Adam's first step is lr sign(g)
+            near32(step, 0.0625 * before[name].sign().numpy(), condition=1000)
+    assert matrices == len(muon.param_groups[0]["params"]) > 10
+    assert len(adam.param_groups[0]["params"]) + matrices == len(list(net.parameters()))
+    assert [type(o).__name__ for o in optimizers(net, 0.1, 0.99, 0.0)] == ["Adam"]
+
+
+def test_muon_is_pytorch_s_in_float32():
+    """Muon: three steps on a wide, a tall and a square matrix are torch.optim.Muon's, which rounds
+    to bfloat16, and to a convolution they are those to its matrix.
+    """
+    torch.manual_seed(0)
+    shapes = [(8, 24), (24, 8), (16, 16), (8, 4, 3, 3)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [nn.Parameter(p.detach().flatten(1).clone()) for p in ours]
+    mine = Muon([dict(params=ours)])
+    mine.param_groups[0]["lr"] = 0.1
+    other = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0)
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.flatten(1).clone()
+        mine.step(), other.step()
+    for p, q in zip(ours, theirs):
+        difference = (p.detach().flatten(1) - q.detach()).norm() / 0.3 / min(q.shape) ** 0.5
+        assert 0 < difference < 0.03                       # of the path; bfloat16 has 2⁻⁸ = 0.004

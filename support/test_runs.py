@@ -1,0 +1,292 @@
+"""Stop and go on: a run ends in the same files, whatever stopped it and wherever.
+
+`KILLS=100 TRIES=2000 pytest support` kills a run a hundred times instead of once, and tries 2,000
+damaged files of each kind instead of 150.
+"""
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import support.run
+import train
+from conftest import TINY
+from support import data as files
+from support.config import Config
+from support.pictures import atomic_write
+from support.run import Run, open_run
+from support.weights import read_tensors, write_tensors
+
+ROOT, CPU = Path(__file__).resolve().parents[1], torch.device("cpu")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def step_of(folder):
+    return int(read_tensors(Path(folder, "checkpoint.safetensors"))[1]["step"])
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("KILLS", 1))))
+def test_a_stopped_run_goes_on_exactly(seed, tiny, call, short, monkeypatch):
+    """Resume: stopped at any step by any of the three signals, and by a reader who has gone, and
+    gone on with, a run ends in the same files: weights, average, optimizers, log and sheets.
+    """
+    argv = ["--data", tiny, "--steps", 12, *TINY, "--out"]
+    assert call(train, *argv, "straight")[0] == 0
+    chance, step_down = random.Random(seed), train.optimizer_step
+    for first, number in ((1, signal.SIGINT), (4, signal.SIGTERM), (7, signal.SIGHUP), (9, 13)):
+        there = Path("run/checkpoint.safetensors").exists()
+        last, count, begun = chance.randrange(first, first + 2), [0], step_of("run") if there else 0
+
+        def optimizer_step(optimizers, share):
+            count[0] += 1
+            if count[0] == last - begun and number != 13:
+                signal.raise_signal(number)
+            step_down(optimizers, share)
+
+        def nobody_reads(progress, done, text, tell=train.Progress.__call__):
+            if number == 13 and done >= last:
+                raise BrokenPipeError
+            tell(progress, done, text)
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "optimizer_step", optimizer_step)
+            patch.setattr(train.Progress, "__call__", nobody_reads)
+            resume = ["--resume", "--out"] if there else argv
+            status, text, _ = call(train, *resume, "run", "--device", "cpu")
+        assert status == 128 + number and step_of("run") == last + last % 2
+        assert (f"stopped and saved at step {last + last % 2}; to go on: python train.py --resume "
+                "--out run") in text
+    assert call(train, "--resume", "--out", "run", "--device", "cpu")[0] == 0
+    straight, run = contents("straight"), contents("run")
+    assert "step-000012.png" in run and all(run[name] == straight[name] for name in run)
+
+
+def test_a_run_cut_off_at_any_file_goes_on(tiny, call, short, monkeypatch):
+    """Resume: cut off at any of the files that 4 steps write, the run is what it was at its last
+    checkpoint; gone on with, it ends in the files of a run that was left alone.
+    """
+    argv = ["--data", tiny, "--steps", 4, *TINY, "--out"]
+    assert call(train, *argv, "straight")[0] == 0
+    for cut in (1, 3, 4, 5, 8, 9):                  # the log, then log, network, checkpoint, sheet
+        with monkeypatch.context() as patch:
+            count = iter(range(1, 100))
+
+            def write(path):
+                if next(count) == cut:
+                    raise KeyboardInterrupt
+                return atomic_write(path)
+            for module in (support.run, support.pictures):
+                patch.setattr(module, "atomic_write", write)
+            with pytest.raises(KeyboardInterrupt):
+                call(train, *argv, f"cut{cut}")
+        resume = ["--resume", "--out"] if Path(f"cut{cut}/checkpoint.safetensors").exists() else argv
+        assert (resume != argv) == (cut > 4)
+        if cut < 9:
+            assert call(train, *resume, f"cut{cut}", "--device", "cpu")[0] == 0
+        assert contents(f"cut{cut}").items() <= contents("straight").items()
+
+
+def test_a_killed_run_leaves_a_whole_checkpoint(tiny, call, tmp_path):
+    """SIGKILL at any instant: the checkpoint is absent or sound, the run goes on from it, and what
+    is left half-written is replaced.
+    """
+    path, chance, steps = tmp_path / "run/checkpoint.safetensors", random.Random(0), [0]
+    argv = ["--data", tiny, "--steps", 199, *TINY]
+    for attempt in range(int(os.environ.get("KILLS", 1))):
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), "--out", "run", "--device", "cpu",
+             *map(str, ["--resume"] if path.exists() else argv)], cwd=tmp_path,
+            stdout=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+        assert any(line.startswith("step") for line in process.stdout)       # it does go on
+        while "KILLS" not in os.environ and process.poll() is None and not path.exists():
+            time.sleep(0.01)
+        time.sleep(chance.random() * ("KILLS" in os.environ))
+        process.kill()
+        process.communicate()
+        steps.append(step_of("run") if path.exists() else 0)
+        assert steps[-1] >= steps[-2] and steps[-1] in (*range(0, 199, 30), 199)
+        if steps[-1] > 150:
+            path.unlink()
+            steps.append(0)
+    assert max(steps) >= 30 or "KILLS" in os.environ
+    half_written = path.with_name(".checkpoint.safetensors.part")            # what a kill can leave
+    half_written.write_bytes(b"half")
+    more = ["--resume"] if path.exists() else [*TINY, "--data", tiny]
+    assert call(train, *more, "--steps", steps[-1] + 1, "--out", "run", "--device", "cpu")[0] == 0
+    assert not half_written.exists() and step_of("run") == steps[-1] + 1
+
+
+@pytest.mark.parametrize("extra, says", [
+    (["--steps", 300, "--lr", 0.5], "--resume goes on with the settings of the run: only --steps"),
+    (["--steps", 300, "--preset", "cifar10"], "only --steps"), ([], "is complete at step 100"),
+    (["--steps", 300, "--data", "other.npz"], "other images"),
+    (["--steps", 300, "--data", "bare.npz"], "other images"),
+    (["--out", "empty"], "start without --resume"), (["--out", "shared"], "checkpoint of a run")])
+def test_what_would_change_the_run_is_refused_on_resume(extra, says, trained, tiny, call):
+    """Resume: other settings, other data, a finished run, a network without a run: one line,
+    nothing changed; nor does a new run begin where another lies.
+    """
+    before, images = contents(trained[0]), files.load(tiny)[0]
+    np.savez("other.npz", images=images[::-1], labels=np.arange(200) // 100)
+    np.savez("bare.npz", images=images)                             # the same images, no labels
+    Path("shared").mkdir()
+    Path("shared/checkpoint.safetensors").write_bytes(before["network.safetensors"])
+    extra = extra if "shared" not in extra else [*extra, "--data", tiny]
+    status, _, errors = call(train, "--resume", "--out", trained[0], "--device", "cpu", *extra)
+    assert status == 2 and says in errors and errors.count("\n") == 1
+    status, _, errors = call(train, "--out", trained[0], "--data", tiny)
+    assert status == 2 and "go on with --resume" in errors and contents(trained[0]) == before
+
+
+def test_a_run_goes_on_further_elsewhere_and_with_moved_data(trained, tiny, call, short):
+    """Resume: more --steps, --data at another place, and a checkpoint of a device that is gone:
+    one line says that the random numbers are others.
+    """
+    tensors, metadata = read_tensors(trained[0] / "checkpoint.safetensors")
+    Path("run").mkdir(), Path("moved.npz").write_bytes(tiny.read_bytes())
+    with open("run/checkpoint.safetensors", "wb") as file:
+        write_tensors(file, tensors, metadata | dict(device="cuda"))
+    status, text, errors = call(train, "--resume", "--steps", 102, "--data", "moved.npz", "--out",
+                                "run", "--device", "cpu")
+    assert status == 0 and not errors and text.startswith("begun on cuda: on cpu its random numbers")
+    assert step_of("run") == 102 and Path("run/log.csv").read_text().count("\n") == 12
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    """Signals: the first asks for an orderly stop, the second does not wait for it; what nohup has
+    ignored stays ignored.
+    """
+    ended, numbers = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        monkeypatch.setattr(os, "_exit", ended.append)
+        asked = train.stop_signals()
+        signal.raise_signal(signal.SIGHUP), signal.raise_signal(signal.SIGINT)
+        assert asked == [signal.SIGINT] and not ended
+        signal.raise_signal(signal.SIGTERM)
+        assert ended == [128 + signal.SIGTERM]
+    finally:
+        for number, handler in zip(numbers, handlers):
+            signal.signal(number, handler)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file size limits there")
+def test_a_full_disk_keeps_the_last_good_checkpoint(trained, call):
+    """Disk full while saving: the path is named, the run ends, the last checkpoint stays whole."""
+    import resource
+    Path("checkpoint.safetensors").write_bytes((trained[0] / "checkpoint.safetensors").read_bytes())
+    before, (soft, hard) = contents("."), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        status, _, errors = call(train, "--resume", "--steps", 150, "--out", ".", "--device", "cpu")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 2 and "network.safetensors: File too large" in errors
+    after = contents(".")
+    after.pop("log.csv")
+    assert after == before and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("name, says", [("net.conv_in.weight", "the loss is nan at step 110"),
+                                        ("net.label", "the weights are not finite at step 120")])
+def test_numbers_that_are_none_stop_the_run(name, says, trained, call):
+    """NaN: in the loss, or in weights that no loss has met: the run ends, nothing is saved."""
+    tensors, metadata = read_tensors(trained[0] / "checkpoint.safetensors")
+    tensors[name][-1:] = float("inf")
+    config = json.loads(metadata["config"]) | dict(p_uncond=0.0)     # no image without its label
+    with open("checkpoint.safetensors", "wb") as file:
+        write_tensors(file, tensors, metadata | dict(config=json.dumps(config)))
+    before = Path("checkpoint.safetensors").read_bytes()
+    status, _, errors = call(train, "--resume", "--steps", 120, "--out", ".", "--device", "cpu")
+    assert status == 2 and says in errors and Path("checkpoint.safetensors").read_bytes() == before
+
+
+def test_two_processes_are_one(tiny, call, tmp_path):
+    """Many devices: two processes with half the batch each end in the weights of one with all, and
+    a batch that cannot be halved is refused.
+
+    With Adam alone: Muon's rounds magnify the rounding of a sum in another order.
+    """
+    common = ["--data", tiny, "--steps", 10, *TINY, "--float32", "--muon-lr", 0, "--dropout", 0]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [subprocess.Popen(                                      # as torchrun does
+        [sys.executable, str(ROOT / "train.py"), *map(str, common), "--out", "two"], text=True,
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | dict(
+            OMP_NUM_THREADS="1", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))) for rank in range(2)]
+    assert call(train, *common, "--out", "one")[0] == 0
+    printed = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], printed
+    assert "device    cpu, float32, 2 processes" in printed[0] and not printed[1]
+    one, two = (read_tensors(Path(name, "checkpoint.safetensors"))[0] for name in ("one", "two"))
+    for name in one:
+        assert torch.allclose(one[name], two[name], rtol=1e-3, atol=2e-4), name
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="no multiple of 3"):
+        patch.setenv("WORLD_SIZE", "3")
+        open_run(Path("three"), CPU, dict(data=str(tiny), batch=16), resume=False)
+
+
+def test_the_second_process_saves_and_draws_nothing_and_drops_others(tmp_path, monkeypatch):
+    """Many devices: rank 1 writes no file, and its dropout is another than rank 0's."""
+    run, masks = Run(Config(image_shape=(1, 8, 8)), CPU), []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        run.rng(5)
+        masks.append(torch.rand(9))
+    run.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not torch.equal(*masks)
+
+
+@settings(max_examples=int(os.environ.get("TRIES", 150)) // 5)
+@given(data=st.data())
+def test_any_run_goes_on_or_is_refused(trained, tmp_path_factory, data):
+    """Resume: a tensor or a setting of a run changed or removed, or bytes of its file: only
+    ValueError or OSError comes out, and what is accepted takes a step.
+    """
+    path = tmp_path_factory.getbasetemp() / "fuzz/checkpoint.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    tensors, metadata = read_tensors(trained[0] / "checkpoint.safetensors")
+    metadata["config"] = json.dumps(json.loads(metadata["config"]) | dict(steps=200))
+    anything = st.sampled_from(["", "x", "-1", "1e9", "null", "[]", "{}", "9" * 30])
+    kind = data.draw(st.sampled_from(["tensor", "metadata", "setting", "bytes"]))
+    if kind == "tensor":
+        name = data.draw(st.sampled_from(sorted(tensors)))
+        tensors.pop(name)
+        if data.draw(st.booleans()):
+            tensors[name] = torch.zeros(data.draw(st.lists(st.integers(0, 3), max_size=3)))
+    if kind == "metadata":
+        metadata[data.draw(st.sampled_from(sorted(metadata)))] = data.draw(anything)
+    if kind == "setting":
+        config = json.loads(metadata["config"])
+        config[data.draw(st.sampled_from(sorted(config)))] = data.draw(
+            st.none() | st.integers(-1, 9) | st.floats() | st.text(max_size=3) | st.just([]))
+        metadata["config"] = json.dumps(config)
+    with open(path, "wb") as file:
+        write_tensors(file, tensors, {k: v for k, v in metadata.items() if k != "crc32"})
+    if kind == "bytes":
+        body = bytearray(path.read_bytes())
+        body[data.draw(st.integers(0, len(body) - 1))] ^= data.draw(st.integers(1, 255))
+        path.write_bytes(body)
+    try:
+        run, images, labels = open_run(path.parent, CPU, {}, resume=True)
+    except (ValueError, OSError) as error:
+        assert "\n" not in str(error)
+    else:
+        next_batch = train.batches(images, labels, run.config, CPU)
+        x0, label = next_batch(1)
+        run.net(x0, torch.ones(len(x0), dtype=torch.long), label)

@@ -1,0 +1,547 @@
+"""Fewer steps, guidance, completion, and the estimates of evaluate.py."""
+import math
+import statistics
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import nn
+
+import ddpm
+import evaluate
+import posterior
+import sample
+from ddpm import Schedule, draw, q_marginal
+from posterior import beta_tilde, kl, reverse_mean
+from support import forward
+from support.config import Config, Sampling
+from support.data import split
+from support.drawing import image_noise, projection
+from test_math import (PAPER, SHORT, best_eps, evenly, gaussian_trajectory, mild, near, near32,
+                       on_every_device, batch_of, small_unet, step_arguments, tables)
+
+# ── Fewer steps: DDIM and DPM-Solver++ ────────────────────────────────────────────────────────────
+
+
+@on_every_device
+@given(schedule=mild, data=st.data())
+def test_ddim_with_eta_1_is_the_posterior(device, schedule, data):
+    """DDIM: η = 1 is a draw from q(x_{t−1}|x_t, x̂_0), Ho (6, 7), exactly."""
+    t = data.draw(st.integers(1, schedule.T))
+    (x_t, _, x0, _, z), (x_t32, _, x0_32, _, z32) = step_arguments(schedule, t, device)
+    found = sample.ddim_step(x_t32, t, x0_32, z32, forward.on_device(schedule, device), eta=1.0)
+    near32(found, draw(*posterior.posterior(x_t, x0, t, schedule), z), condition=10)
+
+
+@given(schedule=mild, data=st.data(), eta=st.floats(0, 1))
+def test_ddim_keeps_the_marginal_for_any_eta(schedule, data, eta):
+    """DDIM: for the true x_0, √(1−ᾱ_{t−1}−σ²) ε + σ z has variance 1 − ᾱ_{t−1}:
+    x_{t−1} is from q(x_{t−1}|x_0).
+    """
+    t = data.draw(st.integers(1, schedule.T))
+    tables = Schedule(*map(torch.tensor, schedule))
+    eps, z, x0 = torch.eye(3, dtype=torch.float64)         # three images, each fed one of the three
+    x_t = tables.alpha_bar[t].sqrt() * x0 + tables.one_minus_alpha_bar[t].sqrt() * eps
+    found = sample.ddim_step(x_t, t, x0, z, tables, eta).flatten().numpy()
+    near((found[:2] ** 2).sum(), schedule.one_minus_alpha_bar[t - 1], scale=1e-3)
+    near(found[2], math.sqrt(schedule.alpha_bar[t - 1]))
+    near(found[1] ** 2, eta ** 2 * (beta_tilde(t, schedule)), scale=1e-3)
+
+
+@on_every_device
+@given(schedule=st.lists(st.floats(0.001, 0.7), min_size=3, max_size=6).map(tables),
+       data=st.data())
+def test_dpm_is_its_published_formula_and_with_eta_1_a_posterior_draw(device, schedule, data):
+    """DPM: D looks half a step of λ ahead; then Lu's step, or with η = 1 a draw from
+    q(x_{t−1}|x_t, D).
+    """
+    t = data.draw(st.integers(2, schedule.T - 1))
+    (x_t, _, x0, x0_prev, z), (x_t32, _, x0_32, x0_prev32, z32) = step_arguments(
+        schedule, t, device)
+    past, now, ahead = (math.log(schedule.alpha_bar[u] / schedule.one_minus_alpha_bar[u]) / 2
+                        for u in (t + 1, t, t - 1))
+    D = x0 + (x0 - x0_prev) * ((ahead - now) / 2) / (now - past)
+    (scale, variance), (_, variance_t) = (q_marginal(1.0, u, schedule) for u in (t - 1, t))
+    exact = (math.sqrt(variance / variance_t) * x_t - scale * math.expm1(now - ahead) * D,
+             draw(*posterior.posterior(x_t, D, t, schedule), z))
+    # r is a quotient of differences of λ, and D magnifies its rounding
+    digits_lost = max(abs(past), abs(ahead), 1) / min(ahead - now, now - past)
+    condition = 10 + np.abs(D - x0).max() / np.abs(D).max() * digits_lost
+    for eta, result in zip((0.0, 1.0), exact):
+        found = sample.dpm_step(x_t32, t, x0_32, x0_prev32, z32,
+                                forward.on_device(schedule, device), eta)
+        near32(found, result, condition)
+
+
+@given(schedule=mild, data=st.data())
+def test_the_first_dpm_step_is_ddim(schedule, data):
+    """DPM: with no x̂_0 before, and in the last step, DPM-Solver++ is DDIM with η = 0."""
+    t = data.draw(st.integers(1, schedule.T))
+    _, (x_t, _, x0, x0_prev, z) = step_arguments(schedule, t)
+    tables = forward.on_device(schedule, "cpu")
+    ddim = sample.ddim_step(x_t, t, x0, z, tables)
+    assert torch.equal(sample.dpm_step(x_t, t, x0, None, z, tables), ddim)
+    near32(sample.dpm_step(x_t, 1, x0, x0_prev, z, tables), x0.numpy())
+
+
+@given(schedule=st.lists(st.floats(0.001, 0.7), min_size=2, max_size=6).map(tables),
+       data=st.data())
+def test_dpm_is_exact_where_the_prediction_does_not_change(schedule, data):
+    """DPM: for constant x̂_0 the step lands on √ᾱ_{t−1} x̂_0 + σ_{t−1}/σ_t (x_t − √ᾱ_t x̂_0),
+    for any step sizes.
+    """
+    t = data.draw(st.integers(1, schedule.T))
+    tables = Schedule(*map(torch.tensor, schedule))
+    x_t, x0 = (torch.tensor([0.3, -1.2], dtype=torch.float64),
+               torch.tensor([0.5, 0.25], dtype=torch.float64))
+    x0_prev = x0 if t < schedule.T else None
+    found = sample.dpm_step(x_t, t, x0, x0_prev, torch.zeros(2), tables).flatten()
+    (mean, variance), (mean_prev, variance_prev) = (q_marginal(x0.numpy(), u, schedule)
+                                                    for u in (t, t - 1))
+    near(found.numpy(), mean_prev + math.sqrt(variance_prev / variance) * (x_t.numpy() - mean),
+         condition=100, scale=3)
+
+
+GOLDEN = np.array([-2, -0.5, 0.1, 1.5])
+ALL, TWENTY = np.arange(1001), np.array([0, *range(1, 952, 50)])
+
+
+@pytest.mark.parametrize("times, sampling, x_0", [
+    (ALL, Sampling("ddpm"), [-0.024291897992953844, -0.0012977612748805542, 0.006858829319140749,
+                             0.009794089081326758]),
+    (ALL, Sampling("ddpm", clip=False), [-18.586702693842323, -0.04818612309637783,
+                                         0.00474202651982024, 0.5858823933833934]),
+    (ALL, Sampling("ddpm", variance="beta_tilde"),
+     [-0.02346455512009724, -0.004628555412516057, 0.004247353607453527, 0.01172704648171584]),
+    (ALL, Sampling("ddpm", variance="beta_tilde", clip=False),
+     [-18.58585917182956, -0.051514292110084556, 0.0021308849068037757, 0.5877906780099192]),
+    (TWENTY, Sampling("ddim", eta=0.0), [-1.0, -0.46810051712500694, 0.4585122993046461, 1.0]),
+    (TWENTY, Sampling("ddim", eta=0.0, clip=False), [-105.12857411250327, -9.573844393777103,
+                                            0.14926231514005536, 56.70111635388783]),
+    (TWENTY, Sampling("ddim", eta=0.5), [-0.9977774239225512, -0.2088157325125671,
+                                         0.2435664420670385, 0.9532946599353627]),
+    (TWENTY, Sampling("ddim", eta=0.5, clip=False),
+     [-73.01705732273072, -13.176709585402529, -1.180064905157027, 42.828992493696035]),
+    (TWENTY, Sampling("ddim", eta=1.0), [-0.008345831832168717, 0.09911717748400926,
+                                         0.2987623354987424, 0.3428354631399322]),
+    (TWENTY, Sampling("ddim", eta=1.0, clip=False),
+     [-19.138793141220678, -4.8085040837095425, -0.27967749681909343, 7.4462202238265425])])
+def test_the_samplers_are_those_of_diffusers(times, sampling, x_0):
+    """Algorithm 2, DDIM: diffusers 0.42.1 ends in the same four pixels, in float64: ε_θ is
+    tanh(0.7 x + 0.3 sin t), x_T as below, z of the i-th step cos(1.3 j + i).
+    """
+    tables_64 = Schedule(*map(torch.tensor, ddpm.respaced(PAPER, times)))
+    noises = iter([GOLDEN, *(np.cos(1.3 * np.arange(4) + i) for i in range(1000))])
+    step = sample.sampler_step(lambda x, t: torch.tanh(0.7 * x + 0.3 * math.sin(times[t])),
+                               tables_64, sampling)
+    *_, (found, _) = sample.algorithm_2(step, len(times) - 1,
+                                   lambda: torch.tensor(next(noises)).reshape(4, 1, 1, 1))
+    # without clipping x̂_0 begins at x_T/√ᾱ_T, 157 times as large as x_T
+    near(found.flatten().numpy(), x_0, scale=1 if sampling.clip else 300)
+
+
+def test_orders_of_the_solvers():
+    """DDIM is of order 1, DPM-Solver++(2M) of order 2:
+    half the step, half (a quarter of) the error, from 80 steps on.
+    """
+    m, s2 = 0.3, 0.25
+    fine = evenly(12800, 1e-4 / 12.8, 0.02 / 12.8)
+    errors = {}
+    for name in ("ddim", "dpm"):
+        for steps in (80, 160, 320):
+            # end at t_1 = 1/80 of the way, where λ is finite:
+            # what is left is one first-order step for both
+            times = np.concatenate(
+                [[0], np.linspace(12800 // 80, 12800, steps + 1).round().astype(int)])
+            short = ddpm.respaced(fine, times)
+            noises = [torch.ones(1, dtype=torch.float64)] + [torch.zeros(1)] * steps
+            *_, x_1, _ = gaussian_trajectory(Sampling(name, eta=0.0, clip=False), short, m, s2, noises)
+            v = [ddpm.variance_at(t, s2, short) for t in (short.T, 1)]
+            kept = np.sqrt(short.alpha_bar[[short.T, 1]])
+            # the flow scales with √v
+            exact = kept[1] * m + math.sqrt(v[1] / v[0]) * (1.0 - kept[0] * m)
+            errors[name, steps] = abs(x_1.item() - exact)
+    assert errors["ddim", 80] / errors["ddim", 160] == pytest.approx(2, abs=0.1)
+    assert errors["ddim", 160] / errors["ddim", 320] == pytest.approx(2, abs=0.1)
+    assert errors["dpm", 80] / errors["dpm", 160] == pytest.approx(4, abs=0.5)
+    assert errors["dpm", 160] / errors["dpm", 320] == pytest.approx(4, abs=0.4)
+    assert errors["dpm", 80] < errors["ddim", 320]
+
+
+@given(st.integers(1, 1000), st.data())
+@example(1, None)
+@example(1000, None)
+def test_the_times_are_distinct_and_go_from_0_to_T(T, data):
+    """DDIM: N steps stand at N different times for any N ≤ T, evenly in √t where there is room."""
+    steps = data.draw(st.integers(1, T)) if data else T
+    tau = ddpm.times(T, steps)
+    assert tau[0] == 0 and tau[-1] == T and len(tau) == steps + 1 and np.all(np.diff(tau) >= 1)
+    for i, t in enumerate(tau.tolist()):
+        assert t == i or abs(t - Fraction(T * i * i, steps * steps)) <= Fraction(1, 2)
+    assert ddpm.times(1000, 10).tolist() == [0, 10, 40, 90, 160, 250, 360, 490, 640, 810, 1000]
+
+
+def test_clipping_changes_the_mean_it_claims_to_change():
+    """Ho (10, 15): with clip the mean is the posterior's with x̂_0 in [-1, 1]; without it, x̂_0."""
+    tables, x_t = forward.on_device(PAPER, "cpu"), torch.full((1, 1, 2, 2), 5.0)
+    x0 = 5 / math.sqrt(PAPER.alpha_bar[900])
+    for clip, x0_hat in ((True, 1.0), (False, x0)):
+        for name in ("ddpm", "ddim"):
+            sampling = Sampling(name, clip=clip)
+            step = sample.sampler_step(lambda x_t, t: 0 * x_t, tables, sampling)
+            near32(step(x_t, 900, torch.zeros_like(x_t), None)[0], np.full(
+                x_t.shape, posterior.posterior(5.0, x0_hat, 900, PAPER)[0]), condition=10)
+
+
+class Half(nn.Module):
+    """ε_θ = x_t/2: no network, but one that `generate` can call, and a record of its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor, self.calls = nn.Parameter(torch.tensor(0.5)), []
+
+    def forward(self, x_t, t, label=None):
+        self.calls.append((x_t, t, label))
+        return self.factor * x_t
+
+
+POINT = Config(image_shape=(1, 1, 1), float32=True)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm"])
+@given(st.builds(dict, schedule=st.just("cosine"), T=st.integers(1, 4000))
+       | st.builds(dict, T=st.integers(1, 4000), beta_T=st.floats(0.001, 0.5)),
+       st.integers(1, 30), st.floats(0, 1))
+@example(dict(schedule="cosine", T=1000), 5, 1.0)
+@example(dict(T=2, beta_1=4.802559792604222e-09, beta_T=0.561), 2, 1.0)     # 1 − ᾱ − σ² below 0
+@example(dict(T=1000, beta_T=0.5), 20, 1.0)                       # ᾱ_t is 0 in float32, twice
+@example(dict(T=1000, beta_T=0.5), 20, 0.0)
+def test_no_schedule_leads_to_an_image_that_is_no_number(sampler, schedule, steps, eta):
+    """DDIM, DPM: whatever rounds to zero or below in float32, every x_t is finite."""
+    sampling = Sampling(sampler, steps=steps, eta=eta)
+    trajectory = sample.generate(Half(), replace(POINT, **schedule), sampling, range(1))
+    assert all(torch.isfinite(x_t).all() for x_t, _ in trajectory)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
+@given(st.integers(1, 30), st.data())
+@example(1, None)
+def test_any_number_of_steps_calls_the_network_that_often(sampler, T, data):
+    """DDIM, DPM: N steps from 1 to T: N calls, from T down, no t twice, and the last gives x_0."""
+    steps = data.draw(st.integers(1, T + 3)) if data else 1
+    config, net = replace(POINT, T=T, beta_1=0.01, beta_T=0.3), Half()
+    images = list(sample.generate(net, config, Sampling(sampler, steps=steps), range(2)))
+    called = [t[0].item() for _, t, _ in net.calls]
+    assert len(images) == min(T, steps) + 1 and all(torch.isfinite(x).all() for x, _ in images)
+    assert called == ddpm.times(T, min(T, steps))[:0:-1].tolist()
+
+
+def test_each_x_t_comes_with_the_image_that_was_predicted():
+    """Ho (15): the x̂_0 beside x_{t−1} is that of x_t, clipped; beside x_T there is none."""
+    net, tables = Half(), forward.on_device(evenly(12, 0.01, 0.3), "cpu")
+    for sampler in ("ddpm", "ddim", "dpm"):
+        images = list(sample.generate(net, SHORT, Sampling(sampler), range(2)))
+        assert images[0][1] is None and len(images) == 13
+        for t, ((x_t, _), (_, x0)) in zip(range(12, 0, -1), zip(images, images[1:])):
+            near32(x0, forward.x0_from_eps(x_t, t, 0.5 * x_t, tables).clamp(-1, 1).numpy())
+
+
+# ── Guidance and completion ───────────────────────────────────────────────────────────────────────
+
+
+@on_every_device
+def test_guidance_is_the_line_through_two_predictions(device):
+    """CFG: s = 0 is unconditional, s = 1 conditional, all on a line; guiding ε is guiding x̂_0."""
+    net = small_unet().to(device)
+    x_t, t, label = (torch.randn(3, 1, 8, 8, device=device),
+                     torch.tensor([1, 5, 9], device=device), torch.tensor([0, 1, 2], device=device))
+    with torch.no_grad():
+        null, conditional = net(x_t, t, torch.full_like(label, 3)), net(x_t, t, label)
+        for s in (0.0, 1.0, 0.5, 3.0):
+            expected = (1 - s) * null + s * conditional
+            near32(sample.guided(net, x_t, t, label, s, null=3), expected.cpu().numpy(),
+                   condition=10)
+    x0 = [ddpm.x0_from_eps(x_t.cpu().numpy(), 5, e.cpu().numpy(), PAPER)
+          for e in (null, conditional)]
+    near32(torch.tensor(x0[0] + 3 * (x0[1] - x0[0])), ddpm.x0_from_eps(
+        x_t.cpu().numpy(), 5, (null + 3 * (conditional - null)).cpu().numpy(), PAPER),
+        condition=100)
+
+
+def test_guidance_costs_twice_only_where_it_needs_both():
+    """CFG: s = 0, s = 1 and no labels at all see each image once, any other s sees it twice; each
+    image keeps its label, and the second half is without.
+    """
+    config, label = replace(POINT, num_classes=5), torch.tensor([3, 0, 4])
+    for scale, labels in ((0.0, [5, 5, 5]), (1.0, [3, 0, 4]), (2.0, [5, 5, 5, 3, 0, 4])):
+        net = Half()
+        list(sample.generate(net, config, Sampling(steps=2, guidance=scale), range(3), label))
+        assert [c[2].tolist() for c in net.calls] == [labels, labels]
+        assert all(len(x_t) == len(t) == len(labels) for x_t, t, _ in net.calls)
+    net = Half()
+    list(sample.generate(net, POINT, Sampling(guidance=2.0, steps=2), range(3)))
+    assert [(len(x_t), label) for x_t, _, label in net.calls] == [(3, None)] * 2
+
+
+KINDS = ("left", "right", "top", "bottom", "centre", "coarse")
+
+
+@pytest.mark.parametrize("keep", KINDS)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
+def test_what_is_kept_is_a_projection(keep, rows, columns, seed):
+    """completion: P is linear, P P = P, and it keeps what it says: the named half, the centre, or
+    the means over 4 x 4 pixels.
+    """
+    height, width = 4 * rows, 4 * columns
+    P = projection(keep, height, width)
+    (x, x32), (_, y32) = (batch_of(seed + i, 2, 3, height, width) for i in (0, 1))
+    near32(P(P(x32)), P(x32).numpy())
+    near32(P(2 * x32 - y32), (2 * P(x32) - P(y32)).numpy(), condition=3)
+    expected = np.zeros_like(x)
+    for i in range(height):
+        for j in range(width):
+            known = dict(left=j < width / 2, right=j >= width / 2, top=i < height / 2,
+                         bottom=i >= height / 2, coarse=True,
+                         centre=abs(i + 0.5 - height / 2) < height / 4
+                         and abs(j + 0.5 - width / 2) < width / 4)[keep]
+            block = np.s_[:, :, i // 4 * 4:i // 4 * 4 + 4, j // 4 * 4:j // 4 * 4 + 4]
+            expected[:, :, i, j] = known * (x[block].mean((2, 3)) if keep == "coarse"
+                                            else x[:, :, i, j])
+    near32(P(x32), expected)
+
+
+def test_a_coarse_image_needs_whole_blocks():
+    """completion: sides that are no multiples of 4 have no 4 x 4 means."""
+    with pytest.raises(ValueError, match="multiples of 4"):
+        projection("coarse", 8, 6)
+
+
+@pytest.mark.parametrize("keep", KINDS)
+@pytest.mark.parametrize("resample", [1, 3])
+def test_completion_keeps_what_is_known(keep, resample):
+    """completion: P x_t follows P q(x_t|x_0), its mean and variance, at every step, and at t = 0 it
+    is P x_0; the rest differs.
+
+    Five standard errors of at least 3,200 draws: a false alarm once in 10⁶, and a mean off by 0.1
+    or a variance by an eighth is found.
+    """
+    schedule, P = evenly(12, 0.01, 0.3), projection(keep, 8, 8)
+    known = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8).repeat(800, 1, 1, 1)
+    sampling = Sampling("ddim", keep=keep, resample=resample, steps=12)
+    images = [x_t for x_t, _ in sample.generate(Half(), SHORT, sampling, range(800), known=known)]
+    near32(P(images[-1]), P(known).numpy())
+    assert (images[-1] - known - P(images[-1] - known)).abs().mean() > 0.1
+    deviation = 0.25 if keep == "coarse" else 1.0                # of the mean over 16 pixels
+    grid = np.s_[:, 0, ::4, ::4]
+    if keep != "coarse":
+        grid = np.s_[:, 0, P(torch.ones(1, 1, 8, 8))[0, 0] > 0]
+    for t in (11, 6, 1):
+        mean, variance = q_marginal(P(known)[grid].double().numpy(), t, schedule)
+        z = (P(images[12 - t])[grid].double().numpy() - mean) / math.sqrt(variance) / deviation
+        assert abs(z.mean()) < 5 / math.sqrt(z.size)
+        assert abs(z.var() - 1) < 5 * math.sqrt(2 / z.size)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@given(schedule=mild, data=st.data())
+def test_where_nothing_is_known_completion_is_the_plain_step(sampler, schedule, data):
+    """completion: the rest is a step of the sampler inside."""
+    t = data.draw(st.integers(1, schedule.T))
+    _, (x_t, eps, x0, _, z) = step_arguments(schedule, t)
+    on_cpu = forward.on_device(schedule, "cpu")
+    step = sample.sampler_step(lambda x_t, t: eps, on_cpu, Sampling(sampler, keep="left"))
+    found = sample.completed(step, x0, lambda x: 0 * x, on_cpu, lambda: z)(x_t, t, z, None)
+    assert all(map(torch.equal, found, step(x_t, t, z, None)))
+
+
+def test_resampling_goes_back_by_the_forward_step():
+    """RePaint, Ho (2): between rounds x_t is a draw from q(x_t|x_{t−1}), with this step's β_t, and
+    the step is taken from there with fresh noise; from x_0 there is no way back.
+    """
+    def image(value):
+        return torch.full((1, 1, 2, 2), value)
+    on_cpu = forward.on_device(tables([0.1, 0.36, 0.2]), "cpu")
+    for t, rounds in ((2, [[2, -1.0, -5.0], [2, 0.8 * 2 + 0.6 * 2, 3.0]]),
+                      (1, [[1, -1.0, -5.0]])):
+        taken, noises = [], iter(map(image, [1.0, 2.0, 3.0, 4.0]))
+
+        def step(x_t, t, z, x0_prev):
+            taken.append([t, float(x_t.mean()), float(z.mean())])
+            return image(2.0), image(0.5)
+        complete = sample.completed(step, image(0.0), lambda x: 0 * x, on_cpu,
+                                    lambda: next(noises), resample=2)
+        complete(image(-1.0), t, image(-5.0), None)
+        np.testing.assert_allclose(taken, rounds, rtol=1e-6)
+
+
+def test_every_image_has_its_own_noise():
+    """Determinism: picture i is the same in any batch;
+    the noise is N(0, 1) and differs between images and seeds.
+
+    Five standard errors of 16,384 draws: a false alarm once in 10⁶; a mean off by 0.04 or a
+    variance off by a twentieth is found.
+    """
+    together = image_noise(3, range(64), (1, 16, 16), "cpu")
+    apart = [image_noise(3, range(i, i + 16), (1, 16, 16), "cpu") for i in range(0, 64, 16)]
+    for _ in range(3):
+        z = together()
+        assert torch.equal(z, torch.cat([noise() for noise in apart]))
+    assert abs(z.mean()) < 5 / 128 and abs(z.var() - 1) < 5 * math.sqrt(2) / 128
+    assert len({tuple(image.flatten().tolist()) for image in z}) == 64
+    assert not torch.equal(image_noise(4, range(64), (1, 16, 16), "cpu")(),
+                           image_noise(3, range(64), (1, 16, 16), "cpu")())
+
+
+# ── The bound, the least loss, copies ─────────────────────────────────────────────────────────────
+
+
+def test_the_estimated_bound_is_the_closed_form_on_gaussian_data():
+    """Ho (5, 12, 13), V7: bound with the exact ε* for N(0, s²):
+    its three terms within five errors.
+
+    A false alarm once in 10⁶; Σ L_{t−1} off by a quarter is found: an error is at most a twentieth.
+    """
+    s2, T = 0.04, 50
+    schedule = evenly(T, 1e-3, 0.3)
+    x0 = np.rint((np.random.default_rng(0).standard_normal((400, 1, 8, 8)) * math.sqrt(s2) + 1)
+                 * 127.5) / 127.5 - 1
+    s2 = x0.var()
+    found = evaluate.bound(lambda x_t, t, i: best_eps(x_t, t[0].item(), 0.0, s2, schedule),
+                           schedule, torch.tensor(x0, dtype=torch.float32), each=200)
+    for variance, terms in found.items():
+        sigma2 = posterior.reverse_variance(variance, schedule)
+        matching = 0.0
+        for t in range(2, T + 1):      # KL of the means' difference: its mean square in closed form
+            v_t = ddpm.variance_at(t, s2, schedule)
+            error = schedule.alpha_bar[t] * s2 / v_t
+            slope = abs(reverse_mean(0.0, 1.0, t, schedule))
+            matching += kl(0.0, beta_tilde(t, schedule), slope * math.sqrt(error), sigma2[t])
+        mean, error = terms["L_{t-1}"]
+        assert 0 < error < 0.05 * mean and abs(mean - matching / math.log(2)) < 5 * error
+        expected = posterior.bits_per_dim(posterior.L_T(x0, schedule))
+        assert terms["L_T"][0] == pytest.approx(expected, rel=1e-5)
+        mean, error = terms["L_0"]
+        # x_0 given x_1 has variance β_1 s²/v_1 around the reverse mean:
+        # the code length of a bin of 2/255
+        true = schedule.beta[1] * s2 / ddpm.variance_at(1, s2, schedule)
+        expected = (true / sigma2[1] / 2 + 0.5 * math.log(2 * math.pi * sigma2[1])
+                    + math.log(127.5)) / math.log(2)
+        assert 0 < error < 0.05 and abs(mean - expected) < 5 * error + 0.01
+
+
+def known_errors(delta, schedule, x0):
+    """A network that sees x_0 and whose ε is off by delta[i] on image i, and the calls of it."""
+    calls = []
+
+    def predict(x_t, t, i):
+        assert len(t) == len(i) == len(x_t)
+        calls.append((t[0].item(), i.tolist()))
+        ab = schedule.alpha_bar[calls[-1][0]]
+        return (x_t - math.sqrt(ab) * x0[i]) / math.sqrt(1 - ab) + delta[i].reshape(-1, 1, 1, 1)
+    return predict, calls
+
+
+def test_the_estimated_bound_is_exact_for_a_network_off_by_a_constant():
+    """Ho (5, 12, 13): no noise is left in the estimate where every image has the same error."""
+    schedule = evenly(6, 0.05, 0.6)
+    x0 = (torch.arange(3 * 2 * 2) * 20).float().reshape(3, 1, 2, 2) / 127.5 - 1
+    predict, calls = known_errors(torch.full((3,), 0.3), schedule, x0)
+    found = evaluate.bound(predict, schedule, x0, each=2)
+    assert [t for t, _ in calls] == [2, 3, 4, 5, 6, 1]
+    assert [i for t, i in calls if t == 1] == [[0, 1, 2]] and len(calls[0][1]) == 2
+    for variance, terms in found.items():
+        sigma2, matching = posterior.reverse_variance(variance, schedule), 0.0
+        for t in range(2, 7):
+            off = 0.3 * reverse_mean(0.0, 1.0, t, schedule)
+            matching += kl(0.0, beta_tilde(t, schedule), off, sigma2[t]) / math.log(2)
+        assert terms["L_{t-1}"] == pytest.approx((matching, 0), rel=1e-5, abs=1e-5)
+        clean = x0.double().numpy()
+        mean = clean + 0.3 * reverse_mean(0.0, 1.0, 1, schedule)
+        each = [posterior.bits_per_dim(image) for image in posterior.L_0(clean, mean, sigma2[1])]
+        assert terms["L_0"] == pytest.approx(
+            (sum(each) / 3, statistics.stdev(each) / math.sqrt(3)), rel=1e-4)
+        assert terms["L_T"] == (posterior.bits_per_dim(posterior.L_T(clean, schedule)), 0)
+
+
+def test_the_stated_error_is_the_spread_of_the_estimates():
+    """Ho (5): over 300 seeds Σ L_{t−1} scatters as much as its error says.
+
+    Five standard errors: a false alarm once in 10⁶; a stated error off by a fifth is found.
+    """
+    schedule = evenly(3, 0.1, 0.2)
+    x0 = torch.zeros(8, 1, 1, 1)
+    predict, _ = known_errors(torch.linspace(0.1, 3, 8), schedule, x0)
+    found = [evaluate.bound(predict, schedule, x0, seed, each=16) for seed in range(300)]
+    for variance in ("beta", "beta_tilde"):
+        means, errors = zip(*(terms[variance]["L_{t-1}"] for terms in found))
+        assert statistics.stdev(means) == pytest.approx(np.mean(errors), rel=5 / math.sqrt(600))
+
+
+def finite_set(n=6):
+    """n images of 2 x 2 pixels, uint8, and what best_x0 makes of them as a network."""
+    images = np.random.default_rng(5).integers(0, 256, (n, 2, 2, 1), np.uint8)
+    pixels = images.reshape(n, -1) / 127.5 - 1
+
+    def perfect(x_t, t, schedule, known=slice(None)):
+        flat = x_t.double().numpy().reshape(len(x_t), -1)
+        x0 = posterior.best_x0(flat, t.numpy(), pixels[known], schedule)
+        eps = ddpm.eps_from_x0(flat, t.numpy()[:, None], x0, schedule)
+        return torch.tensor(eps, dtype=torch.float32).reshape(x_t.shape)
+    return images, perfect
+
+
+def test_the_least_loss_is_that_of_the_perfect_network():
+    """score, Ho (14): least_loss is what L_simple averages to with best_x0 in the network's place;
+    labels lower it to that of each label's images.
+
+    Five standard errors of 80,000 draws; an error of a twentieth is found.
+    """
+    images, _ = finite_set(20)
+    labels, schedule, training = np.arange(20) % 3, evenly(20, 0.01, 0.5), split(20)[0]
+    config, rng = Config(T=20, beta_1=0.01, beta_T=0.5, p_uncond=0.25), np.random.default_rng(1)
+    x = images.reshape(20, -1) / 127.5 - 1
+    for known_labels in (None, labels):
+        found, count = evaluate.least_loss(images, known_labels, config, draws=80_000)
+        t, i = rng.integers(1, 21, 80_000), rng.choice(training, 80_000)
+        eps, best = rng.standard_normal((80_000, 4)), np.zeros((80_000, 4))
+        told = (rng.random(80_000) >= 0.25) & (known_labels is not None)
+        x_t = ddpm.q_sample(x[i], t[:, None], eps, schedule)
+        for c in (0, 1, 2):
+            for these, candidates in ((told & (labels[i] == c), training[labels[training] == c]),
+                                      (~told & (labels[i] == c), training)):
+                if not these.any():
+                    continue
+                best[these] = posterior.best_x0(x_t[these], t[these], x[candidates], schedule)
+        each = ((eps - ddpm.eps_from_x0(x_t, t[:, None], best, schedule)) ** 2).mean(1)
+        error = each.std() / math.sqrt(80_000)
+        assert abs(found - each.mean()) < 5 * error * math.sqrt(2) and error < 0.01 * found
+        assert count == 18
+
+
+def test_the_perfect_network_has_the_least_bound():
+    """score, Ho (5): on the images themselves no other prediction has a lower bound."""
+    images, perfect = finite_set()
+    x0, schedule = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1, evenly(50, 0.001, 0.3)
+
+    def total(predict):
+        terms = evaluate.bound(predict, schedule, x0, each=200)
+        return {name: sum(mean for mean, _ in parts.values()) for name, parts in terms.items()}
+    least = total(lambda x_t, t, i: perfect(x_t, t, schedule))
+    for other in (lambda x_t, t, i: perfect(x_t, t, schedule) + 0.03,
+                  lambda x_t, t, i: 0.97 * perfect(x_t, t, schedule),
+                  lambda x_t, t, i: perfect(x_t, t, schedule, slice(5))):
+        assert all(total(other)[name] > value for name, value in least.items())
+
+
+@given(arrays(np.uint8, (3, 2, 2, 1)), arrays(np.uint8, (5, 2, 2, 1)))
+def test_the_nearest_image_is_the_nearest(images, training):
+    """Copies: the distance is the root of the mean square, pixels in [-1, 1]; 0 for a copy."""
+    distance, index = evaluate.nearest(images, training)
+    each = [[math.sqrt(((a / 127.5 - b / 127.5) ** 2).mean()) for b in training] for a in images]
+    near(distance, np.min(each, axis=1), condition=10)
+    near([row[i] for row, i in zip(each, index)], distance, condition=10)
+    assert evaluate.nearest(training, training)[0].tolist() == [0] * 5

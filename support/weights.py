@@ -1,0 +1,186 @@
+"""Networks in files: safetensors, our own and those that others have published.
+
+The format: eight bytes of length, a JSON header that names each tensor's type, shape and place, the
+bytes.  Nothing in it can be run.  A file may still be damaged, or a stranger's: its settings are
+checked like those of the command line, and its tensors against the network that these describe.
+"""
+import json
+import math
+import re
+import zlib
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from support.config import Config
+from support.data import parsing
+from unet import UNet
+
+PUBLISHED = "diffusion_pytorch_model.safetensors"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def write_tensors(file, tensors: dict[str, Tensor], metadata: dict[str, str]):
+    """safetensors, with a crc32 of the bytes in the metadata."""
+    names, start, checksum = {dtype: name for name, dtype in DTYPES.items()}, 0, 0
+    header, parts = {}, []
+    for name, tensor in tensors.items():
+        parts.append(tensor.detach().contiguous().cpu().numpy().tobytes())
+        header[name] = dict(dtype=names[tensor.dtype], shape=list(tensor.shape),
+                            data_offsets=[start, start + len(parts[-1])])
+        start, checksum = start + len(parts[-1]), zlib.crc32(parts[-1], checksum)
+    header["__metadata__"] = metadata | dict(crc32=f"{checksum:08x}")
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    for part in (len(text).to_bytes(8, "little"), text, *parts):
+        file.write(part)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, and its metadata.  Raises ValueError if it is none."""
+    with open(path, "rb") as file, parsing(path, "a safetensors file"):
+        size = int.from_bytes(file.read(8), "little")
+        if size > path.stat().st_size:
+            raise ValueError("an old .pt or .bin file?  READING.md shows how to convert one")
+        header = json.loads(file.read(size))
+        body, metadata, tensors, place = bytearray(file.read()), header.pop("__metadata__", {}), {}, 0
+        if zlib.crc32(body) != int(metadata.get("crc32", f"{zlib.crc32(body):x}"), 16):
+            raise ValueError("its checksum is another")
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, (start, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            count = math.prod(shape)
+            if start != place or end - start != count * dtype.itemsize or min(shape, default=0) < 0:
+                raise ValueError(f"{name} is not where its header says")
+            tensors[name], place = torch.empty(shape, dtype=dtype), end
+            if count:
+                tensors[name] = torch.frombuffer(body, dtype=dtype, count=count,
+                                                 offset=start).reshape(shape)
+        if place != len(body):
+            raise ValueError("bytes are left over")
+    return tensors, metadata
+
+
+def config_from(metadata: dict[str, str]) -> Config:
+    """The settings in a file of ours.  Raises ValueError, naming those of another version."""
+    values = json.loads(metadata.get("config", "null"))
+    if not isinstance(values, dict):
+        raise ValueError("it holds no settings of train.py")
+    for name in {f.name for f in fields(Config)} ^ values.keys():
+        raise ValueError(f"another version wrote it: the setting {name} is "
+                         f"{'left over' if name in values else 'missing'}")
+    return Config(**{name: tuple(value) if isinstance(value, list) else value
+                     for name, value in values.items()})
+
+
+def load_network(path: str | Path, device: torch.device) -> tuple[UNet, Config]:
+    """The averaged network of our own file, or a published one in its folder, and its settings."""
+    path = Path(path)
+    path = path / "unet" if (path / "unet").is_dir() else path                # a whole pipeline
+    path = path / PUBLISHED if path.is_dir() else path
+    found, metadata = read_tensors(path)
+    with parsing(path, "a network that can be built"):
+        config = published_config(path.parent) if path.name == PUBLISHED else config_from(metadata)
+        with torch.device("meta"):                # only shapes: the memory is that of the file
+            net = UNet(config.architecture())
+        if path.name == PUBLISHED:
+            found = our_tensors(found, net.state_dict(), config)
+        ema = {name.removeprefix("ema."): tensor for name, tensor in found.items()
+               if name.startswith("ema.")}                                    # of a whole run
+        net.load_state_dict(ema or found, assign=True)
+    return net.float().to(device, memory_format=torch.channels_last).eval(), config
+
+
+# ── Published networks ────────────────────────────────────────────────────────────────────────────
+
+# Settings that have only one value here, and of those the ones whose default is another.
+FIXED = dict(act_fn="silu", center_input_sample=False, class_embed_type=None,
+             mid_block_scale_factor=1, resnet_time_scale_shift="default",
+             time_embedding_type="positional", add_attention=True)
+STATED = dict(attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
+              norm_eps=1e-6)
+SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
+
+
+def published_config(folder: Path) -> Config:
+    """Our settings for a network as diffusers describes it, and for the schedule beside it.
+
+    Raises ValueError for what is not computed here.
+    """
+    def read(name):
+        places = [p for p in (folder / name, folder.parent / "scheduler" / name) if p.exists()]
+        with open(places[0] if places else folder / name, "rb") as file:
+            return json.load(file)
+    theirs = read("config.json")
+    for name, value in (FIXED | STATED).items():
+        if theirs.get(name, FIXED.get(name, "missing")) != value:
+            raise ValueError(f"its {name} is not {value}: that is another network")
+    c, *_ = channels = theirs["block_out_channels"]
+    size = theirs["sample_size"]
+    height, width = size if isinstance(size, list) else (size, size)
+    attention = tuple(height >> level for level, kind in enumerate(theirs["down_block_types"])
+                      if "Attn" in kind)
+    config = Config(
+        labels=False, model_channels=c, channel_mult=tuple(each // c for each in channels),
+        num_groups=theirs["norm_num_groups"], num_res_blocks=theirs["layers_per_block"],
+        attention_resolutions=attention or (0,), dropout=float(theirs.get("dropout", 0.0)),
+        patch_size=1, image_shape=(theirs["in_channels"], height, width))
+    try:
+        noise = read("scheduler_config.json")
+    except FileNotFoundError:
+        return config
+    schedule = SCHEDULES.get(noise.get("beta_schedule", "linear"))
+    if (noise.get("prediction_type", "epsilon") != "epsilon" or not schedule
+            or noise.get("trained_betas") or noise.get("rescale_betas_zero_snr")):
+        raise ValueError("its scheduler is not computed here: it must predict epsilon, with linear "
+                         "or squaredcos_cap_v2 betas")
+    betas = dict(beta_1=noise["beta_start"], beta_T=noise["beta_end"])
+    return replace(config, T=noise["num_train_timesteps"], schedule=schedule,
+                   **(betas if schedule == "linear" else {}))
+
+
+def our_tensors(found: dict[str, Tensor], names, config: Config) -> dict[str, Tensor]:
+    """The tensors of a published network under our names, and its first layer for t = 1 .. T.
+
+    Theirs counts t = 0 .. T − 1, and sin ω(t−1), cos ω(t−1) are sin ωt and cos ωt, rotated by ω:
+    the rotation is put into the layer that takes them.
+    """
+    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"),
+                     ("proj_attn", "to_out.0")):                       # what it called them at first
+        found = {name.replace(f".{old}.", f".{new}."): tensor for name, tensor in found.items()}
+    parts = {name: their_names(name, config.num_res_blocks) for name in names}
+    for name in {part for each in parts.values() for part in each} ^ found.keys():
+        raise ValueError(f"{name} is {'left over' if name in found else 'missing'}")
+    ours = {name: torch.cat([found[part].float() for part in parts[name]]) for name in names}
+    omega = torch.exp(-torch.arange(half := config.model_channels // 2)
+                      * math.log(10_000) / (half - 1))
+    sin, cos = ours["time.0.weight"].split(half, dim=1)
+    ours["time.0.weight"] = torch.cat([sin * omega.cos() + cos * omega.sin(),
+                                       cos * omega.cos() - sin * omega.sin()], dim=1)
+    return ours
+
+
+# A part of one of our names, and what diffusers calls it.
+THEIR_NAMES = (
+    (r"^time\.0", "time_embedding.linear_1"), (r"^time\.2", "time_embedding.linear_2"),
+    (r"^norm_out", "conv_norm_out"), (r"^middle\.0\.attention", "mid_block.attentions.0"),
+    (r"^middle", "mid_block.resnets"), (r"\.time\.", ".time_emb_proj."),
+    (r"\.shortcut\.", ".conv_shortcut."), (r"(attentions\.\d+)\.norm", r"\1.group_norm"),
+    (r"\.proj\.", ".to_out.0."),
+)
+
+
+def their_names(name: str, blocks: int) -> list[str]:
+    """What diffusers calls a tensor of unet.py, whose levels are not numbered apart."""
+    def place(match):
+        way, count = match[1], blocks + 1 + (match[1] == "up")    # blocks, then a resampler
+        level, k = divmod(int(match[2]), count)
+        kind = f"attentions.{k}" if match[3] else f"resnets.{k}"
+        return f"{way}_blocks.{level}.{kind if k < count - 1 else f'{way}samplers.0'}."
+
+    name = re.sub(r"^(down|up)\.(\d+)\.(attention\.)?", place, name)
+    for ours, theirs in THEIR_NAMES:
+        name = re.sub(ours, theirs, name)
+    parts = ("to_q", "to_k", "to_v") if "qkv" in name else ("",)
+    return [name.replace("qkv", part) for part in parts]
