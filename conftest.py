@@ -31,6 +31,14 @@ def full_float32():
     torch.backends.cudnn.allow_tf32 = False
 
 
+@pytest.fixture(autouse=True)
+def example_names(doctest_namespace):
+    """For the values in the docstrings: the schedule of a few betas, and plain numbers."""
+    from ddpm import schedule_of
+    doctest_namespace["schedule_of"] = schedule_of
+    np.set_printoptions(legacy="1.25")
+
+
 def in_process(module, *argv):
     """Run a script's main() as its last lines do: (exit status, stdout, stderr)."""
     from support.console import run_script

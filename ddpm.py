@@ -35,6 +35,8 @@ def schedule_of(beta: np.ndarray) -> Schedule:
     """α_t = 1 − β_t,  ᾱ_t = ∏_{s≤t} α_s                                                Ho (4), N2
 
     beta: β_1..β_T, at least one, each inside (0, 1).  Raises ValueError otherwise.
+    >>> schedule_of([0.5, 0.5]).alpha_bar
+    array([1.  , 0.5 , 0.25])
     """
     beta = np.asarray(beta, dtype=np.float64)
     if beta.ndim != 1 or len(beta) < 1:
@@ -53,6 +55,8 @@ def linear(T: int = 1000, beta_1: float = 1e-4, beta_T: float = 0.02) -> Schedul
     The default betas belong to T = 1000.  For another T they are not rescaled: L_T (posterior.py)
     tells how far x_T then is from noise.
     Raises ValueError for T < 1 and for a beta outside (0, 1).
+    >>> linear().beta[[1, 500, 1000]]
+    array([0.0001 , 0.01004, 0.02   ])
     """
     return schedule_of(np.linspace(beta_1, beta_T, T))
 
@@ -61,6 +65,8 @@ def cosine(T: int = 1000) -> Schedule:
     """β_t = min(1 − f(t)/f(t−1), 0.999),  f(t) = cos²((t/T + 0.008)/1.008 · π/2)           (cosine)
 
     The schedule of Nichol and Dhariwal (arXiv:2102.09672), for any T.  Raises ValueError for T < 1.
+    >>> cosine().beta[[1, 500, 1000]]
+    array([4.128422e-05, 3.145886e-03, 9.990000e-01])
     """
     t = np.arange(T + 1)
     f = cos((t / T + 0.008) / 1.008 * pi / 2) ** 2
@@ -72,6 +78,8 @@ def times(T: int, steps: int) -> np.ndarray:
 
     Most of the N = steps lie where little noise is left, because fine detail appears there.  Song
     et al. (2020), appendix D.2, take ⌊c i²⌋; rounding, and keeping all times distinct, is ours.
+    >>> times(1000, 5)
+    array([   0,   40,  160,  360,  640, 1000])
     """
     i = np.arange(steps + 1)
     return np.maximum(i, np.rint(T * (i / steps) ** 2).astype(int))
@@ -83,6 +91,8 @@ def respaced(schedule: Schedule, times: np.ndarray) -> Schedule:
     Nichol and Dhariwal (arXiv:2102.09672), section 4.
     times: 0 = t_0 < t_1 < … < t_N ≤ T → a schedule of N steps whose ᾱ_k is the old one's at
     times[k].  Raises ValueError when the times do not begin at 0 or do not increase.
+    >>> respaced(schedule_of([0.5, 0.5, 0.5]), [0, 1, 3]).beta
+    array([0.  , 0.5 , 0.75])
     """
     times = np.asarray(times)
     if times[0] != 0 or np.any(np.diff(times) < 1) or times[-1] > schedule.T:
@@ -97,12 +107,20 @@ def respaced(schedule: Schedule, times: np.ndarray) -> Schedule:
 # A Gaussian is a pair (mean, variance); every pixel has its own mean and they share the variance.
 
 def draw(mean, variance, eps):
-    """mean + √variance ε is a draw from N(mean, variance I) when ε is one from N(0, I)."""
+    """mean + √variance ε is a draw from N(mean, variance I) when ε is one from N(0, I).
+
+    >>> draw(1.0, 0.25, -2.0)
+    0.0
+    """
     return mean + sqrt(variance) * eps
 
 
 def log_normal(x, mean, variance):
-    """log N(x; mean, variance) = −½ [(x − mean)²/variance + log(2π variance)], nats per pixel."""
+    """log N(x; mean, variance) = −½ [(x − mean)²/variance + log(2π variance)], nats per pixel.
+
+    >>> log_normal(1.0, 0.0, 1.0)
+    -1.41894
+    """
     return -0.5 * ((x - mean) ** 2 / variance + log(2 * pi * variance))
 
 
@@ -111,6 +129,8 @@ def naive_step(x_prev, beta, eps):
 
     The first idea: keep the pixel, add noise.  The mean stays x_0, so the structure never goes
     away, and the variance grows without end.
+    >>> naive_step(1.0, 0.25, -1.0)
+    0.5
     """
     return x_prev + sqrt(beta) * eps
 
@@ -120,6 +140,8 @@ def scaled_step(x_prev, scale, deviation, eps):
 
     Shrinks the pixel towards 0 while it adds noise.  α² + β² = 1 keeps a variance of 1:
     then it is Ho (2).
+    >>> scaled_step(1.0, 0.8, 0.6, -1.0)
+    0.2
     """
     return scale * x_prev + deviation * eps
 
@@ -128,6 +150,8 @@ def q_step(x_prev, t, schedule):
     """q(x_t | x_{t−1}) = N(√(1−β_t) x_{t−1}, β_t I)                              Ho (2), N1, V4, V5
 
     t: 1..T.  Returns (mean, variance).
+    >>> q_step(2.0, 1, schedule_of([0.36]))
+    (1.6, 0.36)
     """
     return sqrt(1 - schedule.beta[t]) * x_prev, schedule.beta[t]
 
@@ -139,6 +163,8 @@ def q_marginal(x0, t, schedule):
 
     t: 0..T.  Returns (mean, variance).  The steps compose: scales multiply to √(α_1 … α_t), and
     v_t = α_t v_{t−1} + 1 − α_t with v_0 = 0 gives v_t = 1 − α_t (1 − v_{t−1}) = 1 − α_1 … α_t.
+    >>> q_marginal(2.0, 2, schedule_of([0.5, 0.5]))
+    (1.0, 0.75)
     """
     return sqrt(schedule.alpha_bar[t]) * x0, schedule.one_minus_alpha_bar[t]
 
@@ -147,6 +173,8 @@ def q_sample(x0, t, eps, schedule):
     """x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε                                                   Ho (4), N3, V3
 
     Jump from the clean image to step t at once.  x0, eps: one shape;  t: 0..T, 0 gives x0 back.
+    >>> q_sample(2.0, 500, -1.0, linear())
+    -0.399234
     """
     return sqrt(schedule.alpha_bar[t]) * x0 + sqrt(schedule.one_minus_alpha_bar[t]) * eps
 
@@ -155,6 +183,8 @@ def q_between(x_s, s, t, schedule):
     """q(x_t | x_s) = N(√(ᾱ_t/ᾱ_s) x_s, (1 − ᾱ_t/ᾱ_s) I)                               Ho (2, 4), N2
 
     s <= t: 0..T.  Returns (mean, variance).  s = 0 is Ho (4) and s = t−1 is Ho (2).
+    >>> q_between(2.0, 1, 3, schedule_of([0.5, 0.5, 0.5]))
+    (1.0, 0.75)
     """
     log_ratio = np.sum(log1p(-schedule.beta[s + 1:t + 1]))
     return exp(log_ratio / 2) * x_s, -expm1(log_ratio)
@@ -164,19 +194,29 @@ def variance_at(t, variance_0, schedule):
     """Var x_t = ᾱ_t Var x_0 + 1 − ᾱ_t: it stays 1 if it was 1, and tends to 1 otherwise.     V2, V4
 
     Nair's x_T is "completely independent" of x_0 only in this limit: √ᾱ_T = 0.006 remains.
+    >>> variance_at(2, 3.0, schedule_of([0.5, 0.5]))
+    1.5
     """
     return schedule.alpha_bar[t] * variance_0 + schedule.one_minus_alpha_bar[t]
 
 
 def snr(t, schedule):
-    """SNR_t = ᾱ_t / (1−ᾱ_t): signal to noise, falling with t; infinite at t = 0.              V4"""
+    """SNR_t = ᾱ_t / (1−ᾱ_t): signal to noise, falling with t; infinite at t = 0.              V4
+
+    >>> snr(2, schedule_of([0.5, 0.5]))
+    0.333333
+    """
     return schedule.alpha_bar[t] / schedule.one_minus_alpha_bar[t]
 
 
 # ── And back, if the noise is known ───────────────────────────────────────────────────────────────
 
 def x0_from_eps(x_t, t, eps, schedule):
-    """x_0 = (x_t − √(1−ᾱ_t) ε) / √ᾱ_t                                             Ho (9, 15), N5"""
+    """x_0 = (x_t − √(1−ᾱ_t) ε) / √ᾱ_t                                             Ho (9, 15), N5
+
+    >>> x0_from_eps(1.0, 1, 0.5, schedule_of([0.36]))
+    0.875
+    """
     return (x_t - sqrt(schedule.one_minus_alpha_bar[t]) * eps) / sqrt(schedule.alpha_bar[t])
 
 
@@ -184,6 +224,8 @@ def eps_from_x0(x_t, t, x0, schedule):
     """ε = (x_t − √ᾱ_t x_0) / √(1−ᾱ_t), for t >= 1                                   Ho (9, 15), N5
 
     At one x_t and t, knowing ε is knowing x_0.
+    >>> eps_from_x0(1.0, 1, 0.5, schedule_of([0.36]))
+    1.0
     """
     return (x_t - sqrt(schedule.alpha_bar[t]) * x0) / sqrt(schedule.one_minus_alpha_bar[t])
 
@@ -195,6 +237,8 @@ def l_simple(eps, eps_hat):
     Predicting no noise, ε_θ = 0, costs 1.  A perfect prediction would cost 0, and no network
     reaches that, since x_t does not determine ε.  On N(0, 1) data the least is 0.2755, the mean
     over t of ᾱ_t.
+    >>> l_simple(np.array([1.0, -1.0]), np.array([0.5, -1.0]))
+    0.125
     """
     return ((eps - eps_hat) ** 2).mean()
 
@@ -228,8 +272,8 @@ def main():
     images = to_bytes(np.swapaxes(columns, 0, 1).reshape(-1, *letter.shape) / 2)
     write_png("out/letter.png", image_grid(images, len(shown), zoom=3))
     print("\nnaive: the letter stays, under ever more noise; scaled: the letter goes, the variance "
-          "tends to 1\ndrawn: out/letter.png, at these t, naive above: one draw, and under it the mean "
-          "of 100; next: python posterior.py")
+          "tends to 1\ndrawn: out/letter.png, at these t, naive above; in each, one draw, and under it "
+          "the mean of 100; next: python posterior.py")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How good is the network?  The bound on −log p(x_0), the least loss, copies.     Ho (5), V7, score
 
-`python evaluate.py` takes your last checkpoint: it draws with the best network that there can be for
-the training images, and with yours, from the same noise; it prints the three terms of the bound for
+`python evaluate.py` takes your last checkpoint: it draws with the best network there can be for the
+training images, and with yours, from the same noise; it prints the three terms of the bound for
 held-out images, and how near what is drawn comes to the images of the training.
 """
 from argparse import ArgumentParser
@@ -184,16 +184,16 @@ def main():
     images, labels = load(chosen.data or config.data, with_labels=config.num_classes > 0)
     unseen = held_out_images(chosen.data, config, 2, min(1000, most))
     if config.num_classes and (labels is None or labels.max() >= config.num_classes):
-        raise ValueError(f"the network was trained with labels 0 .. {config.num_classes - 1}; these "
-                         "images have others")
+        raise ValueError(f"the network was trained with labels 0 .. {config.num_classes - 1}, and "
+                         "these images have others")
     seen = fingerprint(images, labels) == config.fingerprint
     training = split(len(images))[0][:10 * most]
     images, labels = images[training], None if labels is None else labels[training]
     print(f"{path} on {next(net.parameters()).device}")
     draw_perfectly(net, config, images[:most], labels)
     if not seen and chosen.data is None:
-        return print(f"no bound: {path} was not trained on the digits in assets/, or on others too; "
-                     "name images that it has not seen with --data")
+        return print(f"no bound: {path} was trained on other images than the digits in assets/: name "
+                     "some that it has not seen with --data")
     print_bound(net, config, *unseen)
     if seen:
         print_copies(net, config, images, unseen[0][:100])

@@ -32,18 +32,28 @@ def beta_tilde(t, schedule: Schedule):
     """β̃_t = (1−ᾱ_{t−1})/(1−ᾱ_t) β_t                                                     Ho (7), V8
 
     t: 1..T.  0 at t = 1, where x_0 itself is given.
+    >>> beta_tilde(3, schedule_of([0.5, 0.5, 0.5]))
+    0.428571
     """
     return schedule.one_minus_alpha_bar[t - 1] / schedule.one_minus_alpha_bar[t] * schedule.beta[t]
 
 
 def A1(t, schedule: Schedule):
-    """A1 = √α_t (1−ᾱ_{t−1})/(1−ᾱ_t): how much of x_t the posterior mean keeps.   Ho (7), V9, V14"""
+    """A1 = √α_t (1−ᾱ_{t−1})/(1−ᾱ_t): how much of x_t the posterior mean keeps.   Ho (7), V9, V14
+
+    >>> A1(3, schedule_of([0.5, 0.5, 0.5]))
+    0.606092
+    """
     return sqrt(schedule.alpha[t]) * (schedule.one_minus_alpha_bar[t - 1]
                                       / schedule.one_minus_alpha_bar[t])
 
 
 def A2(t, schedule: Schedule):
-    """A2 = √ᾱ_{t−1} β_t/(1−ᾱ_t): how much of x_0 the posterior mean takes.       Ho (7), V9, V14"""
+    """A2 = √ᾱ_{t−1} β_t/(1−ᾱ_t): how much of x_0 the posterior mean takes.       Ho (7), V9, V14
+
+    >>> A2(3, schedule_of([0.5, 0.5, 0.5]))
+    0.285714
+    """
     return sqrt(schedule.alpha_bar[t - 1]) * schedule.beta[t] / schedule.one_minus_alpha_bar[t]
 
 
@@ -51,6 +61,8 @@ def posterior(x_t, x0, t, schedule: Schedule):
     """q(x_{t−1} | x_t, x_0) = N(A1 x_t + A2 x_0, β̃_t I)                          Ho (6, 7), V8, V9
 
     t: 1..T.  Returns (mean, variance); at t = 1 they are x_0 and 0.
+    >>> posterior(1.0, 0.0, 2, schedule_of([0.5, 0.5]))
+    (0.471405, 0.333333)
     """
     return A1(t, schedule) * x_t + A2(t, schedule) * x0, beta_tilde(t, schedule)
 
@@ -63,6 +75,8 @@ def reverse_mean(x_t, eps, t, schedule: Schedule):
     The posterior mean with x_0 replaced by what ε_θ says it is:
         A1 x_t + A2 (x_t − √(1−ᾱ_t) ε)/√ᾱ_t,
     where A1 + A2/√ᾱ_t = 1/√α_t  and  A2/√ᾱ_t = β_t/(√α_t (1−ᾱ_t)).
+    >>> reverse_mean(1.0, 0.5, 1, schedule_of([0.36]))
+    0.875
     """
     beta, alpha = schedule.beta[t], schedule.alpha[t]
     return (x_t - beta / sqrt(schedule.one_minus_alpha_bar[t]) * eps) / sqrt(alpha)
@@ -73,6 +87,8 @@ def reverse_step(x_t, eps, t, z, sigma2, schedule: Schedule):
 
     A draw from p(x_{t−1} | x_t) = N(μ_θ, σ_t² I) for z from N(0, I).
     sigma2: σ_t², usually β_t or β̃_t.
+    >>> reverse_step(1.0, 0.5, 1, 9.0, 0.36, schedule_of([0.36]))
+    0.875
     """
     return draw(reverse_mean(x_t, eps, t, schedule), sigma2 if t > 1 else 0, z)
 
@@ -83,6 +99,8 @@ def reverse_variance(variance: str, schedule: Schedule) -> np.ndarray:
     β_t is exact for data from N(0, I), β̃_t for a single image.  β̃_1 is 0, and with it the
     density of x_0 given x_1 would be infinite; as in the paper's code the decoder L_0 then uses
     β̃_2 (β_1 if T = 1).
+    >>> reverse_variance("beta_tilde", schedule_of([0.5, 0.5]))
+    array([0.      , 0.333333, 0.333333])
     """
     if variance == "beta":
         return schedule.beta
@@ -95,7 +113,11 @@ def reverse_variance(variance: str, schedule: Schedule) -> np.ndarray:
 # ── The distance between two Gaussians ────────────────────────────────────────────────────────────
 
 def kl(mean_1, variance_1, mean_2, variance_2):
-    """KL(N_1 ‖ N_2) = ½ [ln(v_2/v_1) + v_1/v_2 − 1 + (m_1−m_2)²/v_2], in nats per pixel       KL"""
+    """KL(N_1 ‖ N_2) = ½ [ln(v_2/v_1) + v_1/v_2 − 1 + (m_1−m_2)²/v_2], in nats per pixel       KL
+
+    >>> kl(1.0, 2.0, 0.0, 1.0)
+    0.653426
+    """
     gap = variance_1 - variance_2
     # ln(v_1/v_2), with all its digits where v_1 is nearly v_2
     log_ratio = np.sign(gap) * log1p(abs(gap) / np.minimum(variance_1, variance_2))
@@ -107,7 +129,11 @@ def kl(mean_1, variance_1, mean_2, variance_2):
 # left.  Each form is the one above it with the means put in.  All are in nats per pixel.
 
 def matching_mean(mu_tilde, mu, sigma2):
-    """L_{t−1} = ‖μ̃ − μ_θ‖² / (2σ_t²)                                                Ho (8), V10"""
+    """L_{t−1} = ‖μ̃ − μ_θ‖² / (2σ_t²)                                                Ho (8), V10
+
+    >>> matching_mean(1.0, 0.5, 0.25)
+    0.5
+    """
     return (mu_tilde - mu) ** 2 / (2 * sigma2)
 
 
@@ -115,6 +141,8 @@ def matching_x0(x0, x0_hat, t, sigma2, schedule: Schedule):
     """L_{t−1} = A2²/(2σ_t²) ‖x_0 − x̂_0‖²                                                       V11
 
     The A1 x_t parts of the two means cancel.  With σ_t² = β̃_t the weight is (SNR_{t−1} − SNR_t)/2.
+    >>> matching_x0(1.0, 0.0, 2, 1.0, schedule_of([0.5, 0.5]))
+    0.111111
     """
     return A2(t, schedule) ** 2 / (2 * sigma2) * (x0 - x0_hat) ** 2
 
@@ -123,6 +151,8 @@ def C(t, sigma2, schedule: Schedule):
     """C_t = β_t² / (2σ_t² α_t (1−ᾱ_t))                                                Ho (12), V12
 
     It depends on t; V calls it a constant.  With σ_t² = β̃_t it is (SNR_{t−1}/SNR_t − 1)/2.
+    >>> C(2, 1.0, schedule_of([0.5, 0.5]))
+    0.333333
     """
     return schedule.beta[t] ** 2 / (
         2 * sigma2 * schedule.alpha[t] * schedule.one_minus_alpha_bar[t])
@@ -132,12 +162,18 @@ def matching_eps(eps, eps_hat, t, sigma2, schedule: Schedule):
     """L_{t−1} = C_t ‖ε − ε_θ‖²                                                         Ho (12), V12
 
     L_simple, Ho (14), is this with C_t set to 1: no longer the bound, and better pictures.
+    >>> matching_eps(1.0, 0.5, 2, 1.0, schedule_of([0.5, 0.5]))
+    0.0833333
     """
     return C(t, sigma2, schedule) * (eps - eps_hat) ** 2
 
 
 def matching_constant(t, sigma2, schedule: Schedule):
-    """½ [β̃_t/σ_t² − 1 + ln(σ_t²/β̃_t)], t > 1: the part of L_{t−1} without the means   constant"""
+    """½ [β̃_t/σ_t² − 1 + ln(σ_t²/β̃_t)], t > 1: the part of L_{t−1} without the means   constant
+
+    >>> matching_constant(2, 0.5, schedule_of([0.5, 0.5]))
+    0.0360659
+    """
     return kl(0.0, beta_tilde(t, schedule), 0.0, sigma2)
 
 
@@ -155,6 +191,8 @@ def trajectory_bound(trajectory, reverse, schedule: Schedule):
     """log q(x_{1:T} | x_0) − log p(x_{0:T}) along one trajectory x_0 .. x_T          Ho (3, 16), V7
 
     reverse(x_t, t): the pair (mean, variance) of p(x_{t−1} | x_t).  Nats, summed over the pixels.
+    >>> trajectory_bound([0.0, 1.0], lambda x_t, t: (0.0, 1.0), schedule_of([0.5]))
+    0.765512
     """
     total = -log_normal(trajectory[-1], 0.0, 1.0)
     for t in range(1, schedule.T + 1):
@@ -167,6 +205,8 @@ def trajectory_terms(trajectory, reverse, schedule: Schedule):
     """The same, telescoped: (L_T, Σ_{t>1} L_{t−1}, L_0) along one trajectory             Ho (5), V7
 
     The three sum to trajectory_bound exactly; their expectations over q are the KL's above.
+    >>> trajectory_terms([0.0, 1.0], lambda x_t, t: (0.0, 1.0), schedule_of([0.5]))
+    (-0.153426, 0.0, 0.918939)
     """
     x0, x_T = trajectory[0], trajectory[-1]
     l_T = log_normal(x_T, *q_marginal(x0, schedule.T, schedule)) - log_normal(x_T, 0.0, 1.0)
@@ -182,6 +222,8 @@ def L_T(x0, schedule: Schedule):
     """L_T = KL(q(x_T | x_0) ‖ N(0, I)), in nats per pixel                            Ho (5), N2, V7
 
     It has no parameters; it says how far x_T is from independent of x_0.  0 would be independent.
+    >>> L_T(1.0, schedule_of([0.5]))
+    0.346574
     """
     return kl(*q_marginal(x0, schedule.T, schedule), 0.0, 1.0)
 
@@ -190,6 +232,8 @@ def L_0(x0, mean, sigma2):
     """L_0 = −log ∫ N(x; μ_θ(x_1, 1), σ_1²) dx over the bin of x_0, in nats per pixel        Ho (13)
 
     x0: pixels k/127.5 − 1, k = 0..255.  The bins are 2/255 wide, the first and last open outwards.
+    >>> L_0(0.0, 0.0, 0.0001)
+    1.18725
     """
     upper = np.where(x0 > 0.999, np.inf, (x0 + 1 / 255 - mean) / sqrt(sigma2))
     lower = np.where(x0 < -0.999, -np.inf, (x0 - 1 / 255 - mean) / sqrt(sigma2))
@@ -202,14 +246,22 @@ def L_0(x0, mean, sigma2):
 
 
 def bits_per_dim(nats_per_pixel):
-    """nats / ln 2, averaged over all pixels and colours                           Ho section 4.1"""
+    """nats / ln 2, averaged over all pixels and colours                           Ho section 4.1
+
+    >>> bits_per_dim(np.array([log(2), 3 * log(2)]))
+    2.0
+    """
     return np.mean(nats_per_pixel) / log(2)
 
 
 # ── The score ─────────────────────────────────────────────────────────────────────────────────────
 
 def score(eps, t, schedule: Schedule):
-    """∇ log q(x_t) = −E[ε | x_t] / √(1−ᾱ_t): the best ε_θ points down the density.         score"""
+    """∇ log q(x_t) = −E[ε | x_t] / √(1−ᾱ_t): the best ε_θ points down the density.         score
+
+    >>> score(1.0, 1, schedule_of([0.25]))
+    -2.0
+    """
     return -eps / sqrt(schedule.one_minus_alpha_bar[t])
 
 
@@ -218,6 +270,8 @@ def tweedie_mean(x_t, score_t, t, schedule: Schedule):
 
     Exact for any β_t and any data.  Nair's "the reverse is Gaussian too" (N4) holds for small β_t
     only: x_{t−1} given x_t alone has this mean, but a Gaussian shape only as β_t → 0.
+    >>> tweedie_mean(1.0, -0.5, 1, schedule_of([0.36]))
+    1.025
     """
     return (x_t + schedule.beta[t] * score_t) / sqrt(schedule.alpha[t])
 
@@ -229,6 +283,8 @@ def best_x0(x_t, t, images, schedule: Schedule):
     is proportional to q(x_t | x_i), as each x_i is as likely as any other.  The mean has the least
     squared error, and ε follows by Ho (15).  A network this good draws nothing but the x_i.
     x_t: (B, …) at t >= 1, one for all or (B,);  images: (N, …) → (B, …).
+    >>> best_x0(np.array([[0.1]]), 1, np.array([[-1.0], [1.0]]), schedule_of([0.5]))
+    array([[0.140486]])
     """
     x, x_i = x_t.reshape(len(x_t), -1), images.reshape(len(images), -1)
     alpha_bar, variance = (np.reshape(table[t], (-1, 1)) for table in (

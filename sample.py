@@ -2,8 +2,8 @@
 
 PyTorch, batched, on any device; test_math.py holds each step against the NumPy reference.
 
-`python sample.py` is Algorithm 2: it draws 100 digits with your last checkpoint, or with the network
-that ships.  `python sample.py --sampler dpm --steps 20` does so in two seconds.
+`python sample.py` is Algorithm 2: it draws 100 digits with your last checkpoint, or else with the
+network that ships.  `python sample.py --sampler dpm --steps 20` does so in two seconds.
 """
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ COMPLETIONS = 4             # of each image, with --keep
 # ── Algorithm 2 ───────────────────────────────────────────────────────────────────────────────────
 
 def algorithm_2(step: Callable, T: int, noise: Callable) -> Iterator[tuple]:
-    """x_T, x_{T−1}, …, x_0, each with the x̂_0 that led to it                    Algorithm 2, N4, N8
+    """x_T, x_{T−1}, …, x_0, each with the x̂_0 that led to it                   Algorithm 2, N4, N8
 
     step(x_t, t, z, x̂_0 of the step before) → (x_{t−1}, x̂_0).  noise() → a fresh ε ~ N(0, I).
     """
@@ -94,7 +94,7 @@ def dpm_step(x_t, t, x0, x0_prev, z, schedule, eta=0.0):
     """x_{t−1} = √(1−ᾱ_{t−1})/√(1−ᾱ_t) x_t − √ᾱ_{t−1} (e^{−h} − 1) D              DPM-Solver++(2M)
 
     Lu et al. (2022), arXiv:2211.01095: λ = ln(√ᾱ/√(1−ᾱ)) = ½ ln SNR, h = λ_{t−1} − λ_t,
-    r = h_prev/h, and from the two latest x̂_0 D = (1 + 1/(2r)) x̂_0 − 1/(2r) x̂_0 prev, which is x̂_0
+    r = h_prev/h, and from the two latest x̂_0 D = (1 + 1/(2r)) x̂_0 − 1/(2r) x̂_0 prev: x̂_0
     extrapolated by half a step.  This is DDIM's step with D in place of x̂_0, and so it is written;
     η = 1 gives the solver's SDE form.
     D = x̂_0 where λ is infinite or x̂_0 has no predecessor: in the first step, in the last, and
@@ -149,7 +149,7 @@ def completed(step: Callable, known: Tensor, project: Callable, schedule: Schedu
 @torch.inference_mode()
 def generate(net: UNet, config: Config, sampling: Sampling, indices: range, label=None,
              known=None) -> Iterator[tuple]:
-    """Algorithm 2 for the images `indices`: each x_t (B, C, H, W), with x̂_0             Algorithm 2
+    """Algorithm 2 for the images `indices`: each x_t (B, C, H, W), with x̂_0            Algorithm 2
 
     label: (B,) or None.  known: (B, C, H, W), of which `sampling.keep` is kept.
     """

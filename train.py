@@ -121,21 +121,26 @@ def batches(images: np.ndarray, labels: np.ndarray | None, config: Config,
 
 # ── Who logs, saves, draws and stops ──────────────────────────────────────────────────────────────
 
+def predictor(run: Run, compile: bool) -> Callable:
+    """eps_theta(x_t, t, label): the run's network, compiled or shared by processes as asked."""
+    net = nn.parallel.DistributedDataParallel(run.net) if processes()[1] > 1 else run.net
+    net = torch.compile(net) if compile else net
+
+    def eps_theta(x_t, t, label):
+        with autocast(run.device, run.config.float32):
+            return net(x_t, t, label)
+    return eps_theta
+
+
 def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
           compile: bool = False) -> int:
     """Take steps until all are done, or a signal asks to stop; returns that signal, or 0."""
     config, (rank, world), signals, losses = run.config, processes(), stop_signals(), []
-    net = nn.parallel.DistributedDataParallel(run.net) if world > 1 else run.net
-    net = torch.compile(net) if compile else net
-
-    def eps_theta(x_t, t, label):
-        with autocast(run.device, config.float32):
-            return net(x_t, t, label)
-
     progress = Progress(config.steps, run.step, config.batch)
     save_every = LOG_EVERY * max(1, min(config.steps // 5, 5000) // LOG_EVERY)
+    schedule = on_device(schedule_of(config), run.device)
     next_batch = batches(images, labels, config, run.device)
-    for loss in algorithm_1(run, eps_theta, next_batch, on_device(schedule_of(config), run.device)):
+    for loss in algorithm_1(run, predictor(run, compile), next_batch, schedule):
         losses.append(loss)
         done = run.step == config.steps
         if run.step % LOG_EVERY and not done:
@@ -176,7 +181,7 @@ def stop_signals() -> list[int]:
 def draw_samples(run: Run, path: Path):
     """100 images that the averaged network draws in 10 steps, its labels in order."""
     config, classes = run.config, run.config.num_classes
-    sampling = Sampling("dpm", steps=10, batch=max(1, config.batch // processes()[1]))
+    sampling = Sampling("dpm", steps=10, batch=config.batch // processes()[1])
     label = np.arange(100) * classes // 100 if classes else None
     write_png(path, image_grid(draw(run.ema, config, sampling, label)[-1], columns=10))
 
@@ -186,7 +191,8 @@ def announce(run: Run, images: np.ndarray, labels: np.ndarray | None):
     config, schedule, (training, held_out) = run.config, schedule_of(run.config), split(len(images))
     some = images[training[:100]]
     l_T = posterior.bits_per_dim(posterior.L_T(to_pixels(some), schedule))
-    verdict = "x_T is noise" if l_T < 0.01 else "x_T IS NOT YET NOISE: more steps or larger betas!"
+    verdict = "x_T is noise" if l_T < 0.01 else (
+        "x_T IS NOT YET NOISE: take more steps, or larger betas")
     least, known = least_loss(images, labels, config)
     world = processes()[1]
     print(f"device    {run.device}, {precision(run.device, config.float32)}"
@@ -194,12 +200,12 @@ def announce(run: Run, images: np.ndarray, labels: np.ndarray | None):
     print(f"images    {len(training)} of {'x'.join(map(str, images.shape[1:]))} to train on, "
           f"{len(held_out)} held out, {config.num_classes or 'no'} labels, "
           f"pixels {some.min()} .. {some.max()}")
-    for c in np.setdiff1d(np.arange(config.num_classes), [] if labels is None else labels[training]):
+    for c in set(range(config.num_classes)) - set([] if labels is None else labels[training]):
         print(f"          label {c} has no image to train on: all of its images are held out")
     print(f"network   {parameters(run.net):,} parameters")
     print(f"schedule  {config.schedule}, T = {schedule.T}: L_T = {l_T:.3g} bits/dim ({verdict})")
-    print(f"loss      1 for a network that predicts no noise; {least:.4f} for the best possible on\n"
-          f"          {known} of these images, which would draw nothing but copies of them\n")
+    print(f"loss      1 for a network that predicts no noise; {least:.4f} for the best possible on"
+          f"\n          {known} of these images, which would draw nothing but copies of them\n")
 
 
 def arguments() -> ArgumentParser:

@@ -30,16 +30,16 @@ def kind(default) -> type:
 def check(settings):
     """Raise ValueError for a value of another type than the default's, or outside its range."""
     for rule in fields(settings):
-        value, low, high = getattr(settings, rule.name), *map(rule.metadata.get, ("low", "high"))
-        choices, several = rule.metadata["choices"], isinstance(rule.default, tuple)
-        if value is None and rule.default is None:
+        value, of = getattr(settings, rule.name), kind(rule.default)
+        low, high, choices = map(rule.metadata.get, ("low", "high", "choices"))
+        parts = value if isinstance(rule.default, tuple) and type(value) is tuple else [value]
+        if (value is None and rule.default is None) or all(
+                type(part) is of and (low is None or low <= part <= high)
+                and (choices is None or part in choices) for part in parts):
             continue
-        if type(value) is not (tuple if several else kind(rule.default)) or not all(
-                type(part) is kind(rule.default) and (low is None or low <= part <= high)
-                and (choices is None or part in choices) for part in (value if several else [value])):
-            wanted = f"one of {', '.join(choices)}" if choices else (
-                f"{low} .. {high}" if low is not None else f"of type {kind(rule.default).__name__}")
-            raise ValueError(f"{flag(rule.name)} must be {wanted}, not {value!r:.40}")
+        wanted = f"one of {', '.join(choices)}" if choices else (
+            f"{low} .. {high}" if low is not None else f"of type {of.__name__}")
+        raise ValueError(f"{flag(rule.name)} must be {wanted}, not {value!r:.40}")
 
 
 @dataclass(frozen=True)
@@ -110,20 +110,19 @@ class Sampling:
                            choices=("ddpm", "ddim", "dpm"))
     steps: int = setting(1000, "calls of the network, at most T", 1, 10**6)
     variance: str = setting("beta", "sigma_t^2 of ddpm", choices=("beta", "beta_tilde"))
-    eta: float = setting(1.0, "noise that ddim and dpm add, from 0 (none: x_T decides all) to 1 (as "
-                         "much as ddpm with beta_tilde)", 0.0, 1.0)
+    eta: float = setting(1.0, "noise that ddim and dpm add: 0 none, 1 that of beta_tilde", 0.0, 1.0)
     clip: bool = setting(True, "keep the predicted x0 in [-1, 1]")
-    guidance: float = setting(1.0, "s: 0 ignores the label, 1 follows it, a larger s exaggerates it "
-                              "(1 + w of Ho and Salimans)", 0.0, 100.0)
+    guidance: float = setting(1.0, "s: 0 ignores the label, 1 follows it, more exaggerates it (1 + "
+                              "w of Ho and Salimans)", 0.0, 100.0)
     label: str = setting("random", "a class; all: a column for each; none; or random: all equally "
                          "often, shuffled; with --keep random is none")
-    keep: str | None = setting(None, "keep a part of held-out images, and complete each in four ways",
+    keep: str | None = setting(None, "keep a part of held-out images, complete each in four ways",
                                choices=("left", "right", "top", "bottom", "centre", "coarse"))
     resample: int = setting(1, "with --keep: how often each step is taken", 1, 1000)
     n: int = setting(100, "how many images; with --keep, how many to complete", 1, 10**6)
     batch: int = setting(100, "images at a time: fewer need less memory", 1, 10**5)
-    weights: str | None = setting(None, "a network or checkpoint, or a folder with a published one; "
-                                  "by default out/checkpoint.safetensors, else the one that ships")
+    weights: str | None = setting(None, "a network, a checkpoint or a published network's folder; by "
+                                  "default out/checkpoint.safetensors, else the one that ships")
     out: str = setting("out/samples.png", ".png: a sheet; .npz: the arrays")
     animate: bool = setting(False, "show all of the way from x_T to x_0, in an animated PNG")
     data: str | None = setting(None, "with --keep: the data whose held-out images are completed "

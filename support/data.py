@@ -44,11 +44,11 @@ def load(path: str | Path | None = None, with_labels: bool = True) -> tuple:
     images, labels = read(path)
     if not (images.dtype == np.uint8 and images.ndim in (3, 4) and images.size
             and images.shape[3:] in ((), (1,), (3,))):
-        raise ValueError(f"{path} must hold uint8 images N x H x W, N x H x W x 1 or N x H x W x 3, "
-                         f"not {images.dtype} {images.shape}: READING.md has recipes")
+        raise ValueError(f"{path} must hold uint8 images N x H x W, or N x H x W x 1 or 3, not "
+                         f"{images.dtype} {images.shape}: READING.md has recipes")
     if images.ndim == 3 and images.shape[2] == 3:
-        raise ValueError(f"{path} holds one image of {images.shape}, or many that are 3 pixels wide: "
-                         "save it as 1 x H x W x 3 or as N x H x 3 x 1")
+        raise ValueError(f"{path} holds one image of {images.shape}, or many that are 3 pixels wide"
+                         ": save it as 1 x H x W x 3 or as N x H x 3 x 1")
     if labels is not None and with_labels:
         labels = checked_labels(path, labels, len(images))
     return images.reshape(*images.shape[:3], -1), labels if with_labels else None
@@ -132,8 +132,8 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     labels = [a for a in found.values() if a.ndim < 3]
     if len(images) != 1 or len(labels) > 1:
         listed = ", ".join(f"{name}: {a.dtype} {a.shape}" for name, a in found.items())
-        raise ValueError(f"{path} holds {listed or 'nothing'}: save the images as `images` and their "
-                         "labels as `labels`")
+        raise ValueError(f"{path} holds {listed or 'nothing'}: save the images as `images` and "
+                         "their labels as `labels`")
     return images[0], labels[0] if labels else None
 
 

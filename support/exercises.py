@@ -1,8 +1,8 @@
 """Write it yourself: a copy of this repository with the equations left blank.
 
-`python -m support.exercises mine` makes the folder mine/, in which the body of every function with a
-tag is yours to write, in ddpm.py, posterior.py, unet.py and sample.py.  `cd mine && pytest` marks
-each function that you have filled in, by itself: all others are ours while it is tried.
+`python -m support.exercises mine` makes the folder mine/, in which the body of every function that
+has a tag is yours to write, in ddpm.py, posterior.py, unet.py and sample.py.  `cd mine && pytest`
+marks each function that you have filled in, by itself: all others are ours while it is tried.
 """
 import ast
 import re
@@ -12,7 +12,8 @@ from pathlib import Path
 
 from support.console import run_script
 
-ROOT, FILES = Path(__file__).resolve().parents[1], ("ddpm.py", "posterior.py", "unet.py", "sample.py")
+ROOT = Path(__file__).resolve().parents[1]
+FILES = ("ddpm.py", "posterior.py", "unet.py", "sample.py")
 TAG = re.compile(r"Ho \(|Ho [a-z]|[NV]\d|\(?(Algorithm|DDIM|DPM|CFG|KL|score|constant|completion|"
                  r"linear|cosine)\b")
 BLANK = 'raise NotImplementedError("yours to write")'
@@ -57,8 +58,9 @@ def main():
     for path in [*ROOT.glob("*.py"), ROOT / "requirements.txt"]:
         for place in (folder, folder / "ours"):
             shutil.copy(path, place)
-    shutil.copy(ROOT / "support/marks.py", folder / "test_mine.py")
-    (folder / "pytest.ini").write_text("[pytest]\ntestpaths = test_mine.py\naddopts = -v --tb=line\n")
+    shutil.copy(ROOT / "support/test_mine.py", folder / "test_mine.py")
+    (folder / "pytest.ini").write_text("[pytest]\ntestpaths = test_mine.py\naddopts = -v --tb=line"
+                                       "\nfilterwarnings = ignore\n")
     for name in FILES:
         source = blanked((ROOT / name).read_text(encoding="utf-8"))
         (folder / name).write_text(source, encoding="utf-8")

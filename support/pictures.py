@@ -52,7 +52,8 @@ def image_grid(images: np.ndarray, columns: int, zoom: int = 2, gap: int = 2) ->
     """N images (N, H, W) or (N, H, W, C) as one picture, in rows, each pixel zoom x zoom large."""
     images = images.reshape(*images.shape[:3], -1).repeat(zoom, axis=1).repeat(zoom, axis=2)
     n, h, w, c = images.shape
-    page = np.full((-(-n // columns) * (h + gap) + gap, columns * (w + gap) + gap, c), 128, np.uint8)
+    rows = -(-n // columns)
+    page = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), 128, np.uint8)
     for i, image in enumerate(images):
         y, x = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
         page[y:y + h, x:x + w] = image

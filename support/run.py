@@ -28,7 +28,7 @@ class Run:
         self.net = UNet(config.architecture()).to(device)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.optimizers = optimizers(self.net, config.lr, config.beta2, config.muon_lr)
-        self.step, self.log = 0, []             # (step, mean loss of the steps since the last entry)
+        self.step, self.log = 0, []         # (step, mean loss of the steps since the last entry)
 
     def rng(self, step: int) -> SharedGenerator:
         """The random numbers of one step.  They follow from the seed and the step alone, dropout's
@@ -46,8 +46,7 @@ class Run:
                    for p, state in optimizer.state.items() for key, value in state.items()})
 
     def restore(self, path: Path):
-        """Become the run that was saved.  Raises ValueError, with the name, for what does not fit.
-        """
+        """Become the run that was saved.  Raises ValueError, with the name, for what differs."""
         found, metadata = read_tensors(path)
         with parsing(path, "the checkpoint of a run"):
             for p in self.net.parameters():          # a step down no gradient moves nothing, and
@@ -63,8 +62,8 @@ class Run:
                         raise ValueError(f"{name} is of shape {tuple(found[name].shape)}")
                     tensor.copy_(found[name])
             if metadata.get("device") != self.device.type and processes()[0] == 0:
-                print(f"begun on {metadata.get('device')}: on {self.device.type} its random numbers "
-                      "are others from here on")
+                print(f"begun on {metadata.get('device')}: on {self.device.type} the random "
+                      "numbers are others from here on")
             self.step = int(metadata["step"])
             self.log = [(int(step), loss) for step, loss in log.reshape(-1, 2).tolist()]
 

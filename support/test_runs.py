@@ -160,7 +160,7 @@ def test_a_run_goes_on_further_elsewhere_and_with_moved_data(trained, tiny, call
         write_tensors(file, tensors, metadata | dict(device="cuda"))
     status, text, errors = call(train, "--resume", "--steps", 102, "--data", "moved.npz", "--out",
                                 "run", "--device", "cpu")
-    assert status == 0 and not errors and text.startswith("begun on cuda: on cpu its random numbers")
+    assert status == 0 and not errors and text.startswith("begun on cuda: on cpu the random numbers")
     assert step_of("run") == 102 and Path("run/log.csv").read_text().count("\n") == 12
 
 

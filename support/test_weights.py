@@ -247,7 +247,7 @@ def test_a_whole_pipeline_is_read(folder):
     ("config.json", dict(block_out_channels=[]), "damaged"),
     ("config.json", dict(sample_size=-8), "must be 0 .. 8192"),
     ("scheduler_config.json", dict(prediction_type="v_prediction"), "must predict epsilon"),
-    ("scheduler_config.json", dict(beta_schedule="scaled_linear"), "its scheduler is not computed"),
+    ("scheduler_config.json", dict(beta_schedule="scaled_linear"), "scheduler_config.json is not computed"),
     ("scheduler_config.json", dict(num_train_timesteps=0), "--T must be")])
 def test_another_network_is_refused(file, change, says, folder):
     """Published weights: a description that is not computed here, or that is none."""

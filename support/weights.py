@@ -8,7 +8,7 @@ import json
 import math
 import re
 import zlib
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -45,12 +45,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if size > path.stat().st_size:
             raise ValueError("an old .pt or .bin file?  READING.md shows how to convert one")
         header = json.loads(file.read(size))
-        body, metadata, tensors, place = bytearray(file.read()), header.pop("__metadata__", {}), {}, 0
+        body, metadata = bytearray(file.read()), header.pop("__metadata__", {})
+        tensors, place = {}, 0
         if zlib.crc32(body) != int(metadata.get("crc32", f"{zlib.crc32(body):x}"), 16):
             raise ValueError("its checksum is another")
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, (start, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            count = math.prod(shape)
+            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+            (start, end), count = entry["data_offsets"], math.prod(shape)
             if start != place or end - start != count * dtype.itemsize or min(shape, default=0) < 0:
                 raise ValueError(f"{name} is not where its header says")
             tensors[name], place = torch.empty(shape, dtype=dtype), end
@@ -100,7 +101,6 @@ FIXED = dict(act_fn="silu", center_input_sample=False, class_embed_type=None,
              time_embedding_type="positional", add_attention=True)
 STATED = dict(attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
               norm_eps=1e-6)
-SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
 
 
 def published_config(folder: Path) -> Config:
@@ -108,11 +108,7 @@ def published_config(folder: Path) -> Config:
 
     Raises ValueError for what is not computed here.
     """
-    def read(name):
-        places = [p for p in (folder / name, folder.parent / "scheduler" / name) if p.exists()]
-        with open(places[0] if places else folder / name, "rb") as file:
-            return json.load(file)
-    theirs = read("config.json")
+    theirs = json.loads((folder / "config.json").read_bytes())
     for name, value in (FIXED | STATED).items():
         if theirs.get(name, FIXED.get(name, "missing")) != value:
             raise ValueError(f"its {name} is not {value}: that is another network")
@@ -121,23 +117,30 @@ def published_config(folder: Path) -> Config:
     height, width = size if isinstance(size, list) else (size, size)
     attention = tuple(height >> level for level, kind in enumerate(theirs["down_block_types"])
                       if "Attn" in kind)
-    config = Config(
+    return Config(
         labels=False, model_channels=c, channel_mult=tuple(each // c for each in channels),
         num_groups=theirs["norm_num_groups"], num_res_blocks=theirs["layers_per_block"],
         attention_resolutions=attention or (0,), dropout=float(theirs.get("dropout", 0.0)),
-        patch_size=1, image_shape=(theirs["in_channels"], height, width))
-    try:
-        noise = read("scheduler_config.json")
-    except FileNotFoundError:
-        return config
-    schedule = SCHEDULES.get(noise.get("beta_schedule", "linear"))
-    if (noise.get("prediction_type", "epsilon") != "epsilon" or not schedule
-            or noise.get("trained_betas") or noise.get("rescale_betas_zero_snr")):
-        raise ValueError("its scheduler is not computed here: it must predict epsilon, with linear "
-                         "or squaredcos_cap_v2 betas")
-    betas = dict(beta_1=noise["beta_start"], beta_T=noise["beta_end"])
-    return replace(config, T=noise["num_train_timesteps"], schedule=schedule,
-                   **(betas if schedule == "linear" else {}))
+        patch_size=1, image_shape=(theirs["in_channels"], height, width),
+        **published_schedule(folder))
+
+
+def published_schedule(folder: Path) -> dict:
+    """Our settings for the schedule that lies beside the network, or in a folder beside its own."""
+    for path in (folder, folder.parent / "scheduler"):
+        path = path / "scheduler_config.json"
+        if path.exists():
+            theirs = json.loads(path.read_bytes())
+            betas = dict(beta_1=theirs["beta_start"], beta_T=theirs["beta_end"])
+            ours = {"linear": dict(schedule="linear", **betas),
+                    "squaredcos_cap_v2": dict(schedule="cosine")}
+            if (theirs.get("prediction_type", "epsilon") != "epsilon"
+                    or theirs["beta_schedule"] not in ours
+                    or theirs.get("trained_betas") or theirs.get("rescale_betas_zero_snr")):
+                raise ValueError(f"{path.name} is not computed here: it must predict epsilon, with "
+                                 "linear or squaredcos_cap_v2 betas")
+            return dict(T=theirs["num_train_timesteps"], **ours[theirs["beta_schedule"]])
+    return {}
 
 
 def our_tensors(found: dict[str, Tensor], names, config: Config) -> dict[str, Tensor]:
@@ -147,7 +150,7 @@ def our_tensors(found: dict[str, Tensor], names, config: Config) -> dict[str, Te
     the rotation is put into the layer that takes them.
     """
     for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"),
-                     ("proj_attn", "to_out.0")):                       # what it called them at first
+                     ("proj_attn", "to_out.0")):                     # what it called them at first
         found = {name.replace(f".{old}.", f".{new}."): tensor for name, tensor in found.items()}
     parts = {name: their_names(name, config.num_res_blocks) for name in names}
     for name in {part for each in parts.values() for part in each} ^ found.keys():

@@ -38,11 +38,13 @@ def proofs(name):
     word = re.compile(rf"\b{name.split('.')[0]}\b")
     for test in PROOFS.values():
         sets = [mark.args for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
-        names = [part for words, *_ in sets for part in words.split(", ")]
-        if word.search(inspect.getsource(test)) and names == [*inspect.signature(test).parameters]:
+        names = [words.split(", ") for words, *_ in sets]
+        needed = {*inspect.signature(test).parameters}
+        source = inspect.getsource(getattr(test, "claim", test))
+        if word.search(source) and needed == {*sum(names, [])}:
             for values in itertools.product(*(values for _, values, *_ in sets)):
-                flat = [v if ", " in words else [v] for (words, *_), v in zip(sets, values)]
-                yield functools.partial(test, *itertools.chain(*flat))
+                given = (zip(n, v if len(n) > 1 else [v]) for n, v in zip(names, values))
+                yield functools.partial(test, **dict(itertools.chain(*given)))
 
 
 @pytest.mark.parametrize("file, name", list(written()))
