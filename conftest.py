@@ -98,7 +98,7 @@ def short(monkeypatch):
     import train
     from dataclasses import replace
     monkeypatch.setattr(train, "LOG_EVERY", 2)
-    monkeypatch.setattr(train, "draw", lambda net, config, sampling, label: sample.draw(
+    monkeypatch.setattr(train, "draw_images", lambda net, config, sampling, label: sample.draw_images(
         net, config, replace(sampling, steps=1, n=4), label))
 
 

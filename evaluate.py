@@ -15,12 +15,12 @@ from torch import Tensor
 import ddpm
 import posterior
 from ddpm import Schedule
-from sample import LAST, SHIPPED, draw
-from support.config import Config, Sampling, add_options, given
+from sample import LAST, SHIPPED, draw_images
+from support.config import DIGITS, Config, Sampling, add_options, given
 from support.console import Progress, run_script
 from support.data import fingerprint, held_out_images, load, split, to_batch, to_pixels
 from support.devices import autocast, choose_device
-from support.forward import on_device, q_sample, schedule_of
+from support.forward import on_device, q_sample, schedule_from
 from support.pictures import image_grid, write_png
 from support.weights import load_network
 
@@ -85,7 +85,7 @@ def print_bound(net, config: Config, images: np.ndarray, labels: np.ndarray | No
         with autocast(device, config.float32):         # in parts as large as those of the training
             return torch.cat([net(x, t[:len(x)], None if label is None else label[j])
                               for x, j in zip(x_t.split(config.batch), i.split(config.batch))])
-    found = bound(predict, schedule_of(config), x0)
+    found = bound(predict, schedule_from(config), x0)
     print(f"\n−log p(x_0) of {len(x0)} held-out images is at most, in bits per dimension:")
     print("sigma²        regularization L_T    matching Σ L_{t−1}   reconstruction L_0       total")
     for variance, terms in found.items():
@@ -107,7 +107,7 @@ def least_loss(images: np.ndarray, labels: np.ndarray | None, config: Config,
     1..T, and from fewer pairs of larger images.  A network that is given the label compares x_t
     with the images of that label alone.
     """
-    schedule, rng, pixels = schedule_of(config), np.random.default_rng(config.seed), images[0].size
+    schedule, rng, pixels = schedule_from(config), np.random.default_rng(config.seed), images[0].size
     chosen = split(len(images))[0][:min(10_000, max(2, 2 ** 24 // pixels))]
     draws = min(draws, max(4, 2 ** 25 // pixels))
     x = to_pixels(images[chosen]).reshape(len(chosen), -1)
@@ -141,7 +141,7 @@ def print_copies(net, config: Config, images: np.ndarray, held_out: np.ndarray):
     """How near drawn images come to those of the training, beside how near held-out ones do."""
     n = len(held_out)
     labels = np.arange(n) % config.num_classes if config.num_classes else None
-    drawn = draw(net, config, Sampling("dpm", steps=20, n=n, batch=config.batch), labels)[-1]
+    drawn = draw_images(net, config, Sampling("dpm", steps=20, n=n, batch=config.batch), labels)[-1]
     print(f"\nDistance to the nearest of {len(images)} training images, RMS per pixel:")
     print("                         least   median    (a copy: 0)")
     for name, shown in (("held-out", held_out), ("drawn", drawn)):
@@ -153,7 +153,7 @@ def draw_perfectly(net, config: Config, images: np.ndarray, labels: np.ndarray |
     """Ten images of the perfect network, the training images nearest to them, and ten of ours: from
     the same x_T and z, with the same labels.
     """
-    schedule, x = schedule_of(config), to_pixels(images.transpose(0, 3, 1, 2))
+    schedule, x = schedule_from(config), to_pixels(images.transpose(0, 3, 1, 2))
     label = np.arange(10) % config.num_classes if config.num_classes else None
     known = [x] * 10 if label is None else [x[labels == c] for c in label]
 
@@ -166,7 +166,7 @@ def draw_perfectly(net, config: Config, images: np.ndarray, labels: np.ndarray |
     rows = []
     for name, forward in (("perfect", perfect), ("ours", net.forward)):
         net.forward = forward
-        drawn = draw(net, config, Sampling(steps=50, n=10), label)[-1]
+        drawn = draw_images(net, config, Sampling(steps=50, n=10), label)[-1]
         distance, index = nearest(drawn, images)
         print(f"{name:8}" + "".join(f"{d:8.3f}" for d in distance))
         rows += [drawn, images[index]]
@@ -182,7 +182,7 @@ def main():
     net, config = load_network(path, choose_device(chosen.device))
     most = max(2, 2 ** 23 // np.prod(config.image_shape))          # so many fit into 64 MB
     images, labels = load(chosen.data or config.data, with_labels=config.num_classes > 0)
-    unseen = held_out_images(chosen.data, config, 2, min(1000, most))
+    unseen = held_out_images(chosen.data or config.data or DIGITS, config, 2, min(1000, most))
     if config.num_classes and (labels is None or labels.max() >= config.num_classes):
         raise ValueError(f"the network was trained with labels 0 .. {config.num_classes - 1}, and "
                          "these images have others")

@@ -5,6 +5,7 @@ PyTorch, batched, on any device; test_math.py holds each step against the NumPy 
 `python sample.py` is Algorithm 2: it draws 100 digits with your last checkpoint, or else with the
 network that ships.  `python sample.py --sampler dpm --steps 20` does so in two seconds.
 """
+import math
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,7 +22,7 @@ from support.console import Progress, run_script
 from support.data import held_out_images, to_batch
 from support.devices import autocast, choose_device
 from support.drawing import image_noise, labels_for, projection
-from support.forward import eps_from_x0, on_device, q_sample, schedule_of, x0_from_eps
+from support.forward import eps_from_x0, on_device, q_sample, schedule_from, x0_from_eps
 from support.pictures import atomic_write, encode_png, image_grid, to_pictures
 from support.weights import load_network
 from unet import UNet
@@ -33,22 +34,22 @@ COMPLETIONS = 4             # of each image, with --keep
 # ── Algorithm 2 ───────────────────────────────────────────────────────────────────────────────────
 
 def algorithm_2(step: Callable, T: int, noise: Callable) -> Iterator[tuple]:
-    """x_T, x_{T−1}, …, x_0, each with the x̂_0 that led to it                   Algorithm 2, N4, N8
+    """x_T, x_{T−1}, …, x_0, each with the x̂_0 predicted on the way               Algorithm 2, N4, N8
 
     step(x_t, t, z, x̂_0 of the step before) → (x_{t−1}, x̂_0).  noise() → a fresh ε ~ N(0, I).
     """
-    x_t, x0 = noise(), None                                     # 1: x_T ~ N(0, I)
-    yield x_t, x0
+    x_t, x0_hat = noise(), None                                 # 1: x_T ~ N(0, I)
+    yield x_t, x0_hat
     for t in range(T, 0, -1):                                   # 2: for t = T, …, 1 do
         z = noise() if t > 1 else torch.zeros_like(x_t)         # 3:   z ~ N(0, I) if t > 1, else 0
-        x_t, x0 = step(x_t, t, z, x0)                           # 4:   x_{t−1} = μ_θ(x_t, t) + σ_t z
-        yield x_t, x0                                           # 5: end for, 6: return x_0
+        x_t, x0_hat = step(x_t, t, z, x0_hat)                   # 4:   x_{t−1} = μ_θ(x_t, t) + σ_t z
+        yield x_t, x0_hat                                       # 5: end for, 6: return x_0
 
 
 def sampler_step(eps_theta: Callable, schedule: Schedule, sampling: Sampling) -> Callable:
     """The step of Algorithm 2 that predicts ε_θ(x_t, t) and then takes one of the three below.
 
-    clip: x̂_0 is clamped to [-1, 1] and ε_θ computed anew from it, so that Ho (11) uses it too.
+    clip: x̂_0 is clamped to [-1, 1]; as Ho (11) uses ε, ε is then computed anew from it.
     Algorithm 2 has no such line; its authors' code has.
     """
     def step(x_t, t, z, x0_prev):
@@ -83,6 +84,7 @@ def ddim_step(x_t, t, x0, z, schedule, eta=0.0):
     """x_{t−1} = √ᾱ_{t−1} x̂_0 + √(1−ᾱ_{t−1}−σ²) ε_θ + σ z         DDIM: Song et al. (2020) (12, 16)
 
     σ² = η² β̃_t: η = 0 adds no noise, η = 1 is Ho (6, 7).  ε_θ is that of x0, by Ho (15).
+    Song's α_t is Ho's ᾱ_t.
     """
     sigma2 = eta ** 2 * beta_tilde(t, schedule)
     rest = (schedule.one_minus_alpha_bar[t - 1] - sigma2).clamp(min=0)     # rounding can go below 0
@@ -95,8 +97,8 @@ def dpm_step(x_t, t, x0, x0_prev, z, schedule, eta=0.0):
 
     Lu et al. (2022), arXiv:2211.01095: λ = ln(√ᾱ/√(1−ᾱ)) = ½ ln SNR, h = λ_{t−1} − λ_t,
     r = h_prev/h, and from the two latest x̂_0 D = (1 + 1/(2r)) x̂_0 − 1/(2r) x̂_0 prev: x̂_0
-    extrapolated by half a step.  This is DDIM's step with D in place of x̂_0, and so it is written;
-    η = 1 gives the solver's SDE form.
+    extrapolated by half a step.  This is DDIM's step for η = 0 with D in place of x̂_0, so that step
+    is called; η = 1 gives the solver's SDE form.
     D = x̂_0 where λ is infinite or x̂_0 has no predecessor: in the first step, in the last, and
     after ᾱ = 0 in float32.
     """
@@ -131,7 +133,8 @@ def completed(step: Callable, known: Tensor, project: Callable, schedule: Schedu
     P = `project` is what is known: some pixels (RePaint: Lugmayr et al. 2022, arXiv:2201.09865), or
     means over blocks (ILVR: Choi et al. 2021, arXiv:2108.02938).  The rest comes from `step`.
     resample > 1 goes back to x_t by Ho (2) and steps again, so that known and drawn parts agree:
-    RePaint's Algorithm 1, jump length 1, with ᾱ_{t−1}, √(1−ᾱ_{t−1}) in line 5 and β_t in line 10.
+    RePaint's Algorithm 1 with jump length 1; we read ᾱ_{t−1}, √(1−ᾱ_{t−1}) in its line 5 and β_t in
+    line 10, as its own code does.
     """
     def complete(x_t, t, z, x0_prev):
         for u in range(1, resample + 1):
@@ -153,8 +156,8 @@ def generate(net: UNet, config: Config, sampling: Sampling, indices: range, labe
 
     label: (B,) or None.  known: (B, C, H, W), of which `sampling.keep` is kept.
     """
-    device, full = next(net.parameters()).device, schedule_of(config)
-    tau = times(full.T, min(full.T, sampling.steps))          # step t is at time tau[t] of 1..T
+    device, full = next(net.parameters()).device, schedule_from(config)
+    tau = times(full.T, min(full.T, sampling.steps))     # step t of these is time tau[t] of 1..T
     schedule = on_device(respaced(full, tau), device)
     noise = image_noise(sampling.seed, indices, config.image_shape, device)
     label = None if label is None else torch.as_tensor(label, device=device)
@@ -173,10 +176,11 @@ def generate(net: UNet, config: Config, sampling: Sampling, indices: range, labe
     yield from algorithm_2(step, schedule.T, noise)
 
 
-def draw(net: UNet, config: Config, sampling: Sampling, labels: np.ndarray | None = None,
+def draw_images(net: UNet, config: Config, sampling: Sampling, labels: np.ndarray | None = None,
          known: Tensor | None = None, progress: Callable = lambda *_: None) -> list[np.ndarray]:
-    """sampling.n images, (n, H, W, C) uint8, in parts of sampling.batch; in a list, which holds the
-    frames of the animation if there is one: x_t, and below it the x̂_0 that led to it.
+    """A list of frames, one unless animated, each sampling.n images (n, H, W, C), uint8.
+
+    In an animation each image is x_t, and below it the x̂_0 predicted on the way there.
     """
     n, steps = sampling.n, min(config.T, sampling.steps)
     shown = (steps - times(steps, min(steps, 40)))[::-1] if sampling.animate else [steps]
@@ -217,7 +221,7 @@ def main():
     path = sampling.weights or (LAST if LAST.exists() else SHIPPED)
     net, config = load_network(path, device)
     labels, known = labels_for(sampling, config.num_classes), None
-    columns = config.num_classes if sampling.label == "all" else round(sampling.n ** 0.5 + 0.49)
+    columns = config.num_classes if sampling.label == "all" else math.ceil(sampling.n ** 0.5)
     if sampling.keep:
         originals, _ = held_out_images(sampling.data, config, sampling.n, sampling.n)
         known = to_batch(torch.from_numpy(originals).to(device))
@@ -227,11 +231,12 @@ def main():
         sampling = replace(sampling, n=len(known))
     print(f"{path} on {device}: {sampling.sampler}, {min(config.T, sampling.steps)} steps")
     with atomic_write(out) as file:
-        frames = draw(net, config, sampling, labels, known, Progress(sampling.n))
+        frames = draw_images(net, config, sampling, labels, known, Progress(sampling.n))
         if out.suffix == ".npz":
-            told = labels is not None and sampling.guidance and labels.max() < config.num_classes
-            images = frames[-1] if frames[-1].shape[3] == 3 else frames[-1][..., 0]
-            np.savez_compressed(file, images=images, **(dict(labels=labels) if told else {}))
+            arrays = dict(images=frames[-1] if frames[-1].shape[3] == 3 else frames[-1][..., 0])
+            if labels is not None and sampling.guidance and labels.max() < config.num_classes:
+                arrays["labels"] = labels
+            np.savez_compressed(file, **arrays)
         else:
             frames = [completion_rows(originals, kept, f) if sampling.keep else f for f in frames]
             file.write(encode_png([image_grid(frame, columns) for frame in frames]))

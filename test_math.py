@@ -1273,12 +1273,12 @@ def gaussian_trajectory(sampling, schedule, m, s2, noises):
     (Sampling("ddim", eta=0.0, clip=False), 1.0, 0.996252),
     (Sampling("ddim", eta=0.0, clip=False), 0.25, 0.248498)])
 def test_algorithm_2_on_gaussian_data(sampling, s2, result):
-    """Algorithm 2, N8, DDIM: with the exact ε* the output variance is known to six digits,
-    image k fed noise k.
+    """Algorithm 2, N8, DDIM: with the exact ε* the output variance of algorithm_2 is known to six
+    digits, image k fed noise k.
     """
     trajectory = gaussian_trajectory(sampling, PAPER, 0.0, s2, torch.eye(1000, dtype=torch.float64))
     assert (trajectory[-1] ** 2).sum().item() == pytest.approx(result, abs=1e-6)
-    assert len(trajectory) == 1001
+    assert len(trajectory) == 1001 and trajectory[0].tolist() == [1.0] + [0.0] * 999
 
 
 SHORT = replace(SMALL, T=12, beta_1=0.01, beta_T=0.3, float32=True, num_classes=0)

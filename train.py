@@ -1,7 +1,7 @@
-"""Algorithm 1: teach a network to see the noise in an image.                   N6, N7, V12, Ho (14)
+"""Algorithm 1: teach a network to see the noise in an image.                   N6, N7, V13, Ho (14)
 
 `python train.py` trains on the digits in assets/ and draws new ones into out/.  `--data PATH` takes
-other images, `--resume` goes on after a stop, `torchrun --nproc_per_node=N train.py` uses N
+other images, `--resume` continues a stopped run, `torchrun --nproc_per_node=N train.py` uses N
 devices.
 """
 import os
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 import posterior
 from ddpm import Schedule, l_simple
 from evaluate import least_loss
-from sample import draw
+from sample import draw_images
 from support.config import PRESETS, Config, Sampling, add_options, given
 from support.console import Progress, chart, on_stop, run_script
 from support.data import split, to_batch, to_pixels
 from support.devices import (SharedGenerator, autocast, over_all, precision, processes, seed_from,
                              start_processes)
-from support.forward import on_device, q_sample, schedule_of
+from support.forward import on_device, q_sample, schedule_from
 from support.pictures import image_grid, write_png
 from support.run import CHECKPOINT, NETWORK, Run, open_run
 from unet import parameters
@@ -37,12 +37,12 @@ ON_DEVICE = 1 << 30         # bytes: a smaller data set is copied to a GPU as a 
 
 def algorithm_1(run: Run, eps_theta: Callable, next_batch: Callable,
                 schedule: Schedule) -> Iterator[Tensor]:
-    """Yields the loss of each step; whoever takes them decides when to stop             Algorithm 1
+    """Yields the loss of each step; the caller decides when to stop                     Algorithm 1
 
     eps_theta(x_t, t, label): the network's prediction of ε.  next_batch(step) → (x_0, label).
     """
     for step in count(run.step + 1):                                 # 1: repeat
-        rng = run.rng(step)
+        rng = run.rng(step)                                          #      (this step's numbers)
         x0, label = next_batch(step)                                 # 2:   x_0 ~ q(x_0)
         t = stratified_t(len(x0), schedule.T, rng)                   # 3:   t ~ Uniform({1, …, T})
         eps = rng.standard_normal(x0.shape)                          # 4:   ε ~ N(0, I)
@@ -57,35 +57,35 @@ def algorithm_1(run: Run, eps_theta: Callable, next_batch: Callable,
         yield loss.detach()                                          # 6: until converged
 
 
-def stratified_t(count: int, T: int, rng: SharedGenerator) -> Tensor:
-    """t ~ Uniform({1, …, T}), but stratified: one t from each of `count` equal parts of the range.
+def stratified_t(n: int, T: int, rng: SharedGenerator) -> Tensor:
+    """t ~ Uniform({1, …, T}), but stratified: one t from each of `n` equal parts of the range.
 
-    The expected loss is that of independent t, and it varies less: better digits, sooner (README).
+    The expected loss is that of independent t, and it varies less: better digits, sooner (MEASURED.md).
     """
-    return (rng.stratified(count) * T).long().clamp(max=T - 1) + 1
+    return (rng.stratified(n) * T).long().clamp(max=T - 1) + 1
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """As a share of the largest: it rises for `warmup` steps, and, with `decay`, also falls in a
-    straight line, from 1 at the first step to 1/steps at the last.
+    """What --lr is multiplied by: it rises to 1 over `warmup` steps, times, with `decay`, a straight
+    line from 1 at the first step to 1/steps at the last.
     """
     rise = min(1.0, step / config.warmup)
     fall = 1 - (step - 1) / config.steps if config.decay else 1.0
     return rise * fall
 
 
-def optimizer_step(optimizers: list[torch.optim.Optimizer], share: float):
-    """A step of each, at this share of its largest learning rate."""
+def optimizer_step(optimizers: list[torch.optim.Optimizer], lr_scale: float):
+    """A step of each optimizer, its learning rate scaled."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * share
+            group["lr"] = group["initial_lr"] * lr_scale
         optimizer.step()
 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, net: nn.Module, step: int, decay: float):
-    """θ_ema ← d θ_ema + (1 − d) θ;  d is `decay`, but less in the beginning, so that the average is
-    over the latest tenth of the steps.
+    """θ_ema ← d θ_ema + (1 − d) θ.  d rises to `decay`, so that at first, up to step 9,000 for a
+    decay of 0.999, the average is over about the latest tenth of the steps.
     """
     d = min(decay, (1 + step) / (10 + step))
     for average, parameter in zip(ema.parameters(), net.parameters()):
@@ -105,7 +105,7 @@ def batches(images: np.ndarray, labels: np.ndarray | None, config: Config,
         resident = torch.tensor(images[training], device=device)
 
     def next_batch(step):
-        rng = SharedGenerator(seed_from(config.seed, step, 0, 1))           # on the host
+        rng = SharedGenerator(seed_from("data", config.seed, step))           # on the host
         i = rng.integers(len(training), config.batch // rng.world)
         flip, drop = rng.uniform(len(i)) < 0.5, rng.uniform(len(i)) < config.p_uncond
         rows = training[i.numpy()]
@@ -119,10 +119,10 @@ def batches(images: np.ndarray, labels: np.ndarray | None, config: Config,
     return next_batch
 
 
-# ── Who logs, saves, draws and stops ──────────────────────────────────────────────────────────────
+# ── The training run ──────────────────────────────────────────────────────────────────────────────
 
 def predictor(run: Run, compile: bool) -> Callable:
-    """eps_theta(x_t, t, label): the run's network, compiled or shared by processes as asked."""
+    """eps_theta(x_t, t, label): the run's network; with several processes they share its gradient."""
     net = nn.parallel.DistributedDataParallel(run.net) if processes()[1] > 1 else run.net
     net = torch.compile(net) if compile else net
 
@@ -138,7 +138,7 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
     config, (rank, world), signals, losses = run.config, processes(), stop_signals(), []
     progress = Progress(config.steps, run.step, config.batch)
     save_every = LOG_EVERY * max(1, min(config.steps // 5, 5000) // LOG_EVERY)
-    schedule = on_device(schedule_of(config), run.device)
+    schedule = on_device(schedule_from(config), run.device)
     next_batch = batches(images, labels, config, run.device)
     for loss in algorithm_1(run, predictor(run, compile), next_batch, schedule):
         losses.append(loss)
@@ -183,12 +183,12 @@ def draw_samples(run: Run, path: Path):
     config, classes = run.config, run.config.num_classes
     sampling = Sampling("dpm", steps=10, batch=config.batch // processes()[1])
     label = np.arange(100) * classes // 100 if classes else None
-    write_png(path, image_grid(draw(run.ema, config, sampling, label)[-1], columns=10))
+    write_png(path, image_grid(draw_images(run.ema, config, sampling, label)[-1], columns=10))
 
 
 def announce(run: Run, images: np.ndarray, labels: np.ndarray | None):
     """What is about to happen, and what loss to expect."""
-    config, schedule, (training, held_out) = run.config, schedule_of(run.config), split(len(images))
+    config, schedule, (training, held_out) = run.config, schedule_from(run.config), split(len(images))
     some = images[training[:100]]
     l_T = posterior.bits_per_dim(posterior.L_T(to_pixels(some), schedule))
     verdict = "x_T is noise" if l_T < 0.01 else (
@@ -236,7 +236,7 @@ def main():
     stopped = train(run, images, labels, out, compile)
     if processes()[0] == 0 and stopped:
         print(f"\nstopped and saved at step {run.step}; "
-              f"to go on: python train.py --resume --out {quote(str(out))}")
+              f"to resume: python train.py --resume --out {quote(str(out))}")
     elif processes()[0] == 0:
         print(f"\n{chart(run.log)}\n\ndrawn: {out}/step-{run.step:06}.png\n"
               f"beside it: {CHECKPOINT}, {NETWORK}, log.csv\n"

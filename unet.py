@@ -130,7 +130,7 @@ class UNet(nn.Module):
     """ε_θ(x_t, t)                                                                  Ho appendix B
 
     x_t: (B, C, H, W) in [-1, 1] plus noise;  t: (B,), in 1..T;  label: (B,), in 0..num_classes, or
-    None → the noise (B, C, H, W).  Raises ValueError for sizes that do not fit together.
+    None for no label → the noise (B, C, H, W).  Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(self, architecture: Architecture = Architecture()):
@@ -198,6 +198,7 @@ class UNet(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         temb = self.time(time_embedding(t, self.architecture.model_channels))
         if self.label is not None:
+            label = torch.full_like(t, len(self.label) - 1) if label is None else label
             temb = temb + F.embedding(label, self.label)
 
         # Convolutions are fastest in the channels-last layout, and what follows keeps it.

@@ -1,6 +1,6 @@
 """Every setting, once: its default, its range and its help.  The command lines are built from it.
 
-A setting without help is no option: it follows from the data.  To compute something else, name the
+A setting without help is no option; it is set from the data.  To compute something else, name the
 settings that differ on the command line, or write another preset below.
 """
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
@@ -46,14 +46,14 @@ def check(settings):
 class Config:
     """All that decides what a training run computes.  The defaults draw digits in minutes."""
 
-    data: str | None = setting(None, "IDX files, .npz, .npy or a folder (the digits in assets/)")
+    data: str | None = setting(None, "images: an .npz, .npy or IDX file (the digits in assets/)")
     labels: bool = setting(True, "learn the images' labels too, if they have any")
     flip: bool = setting(False, "mirror half of the images")
     steps: int = setting(2000, "steps of gradient descent", 1, 10**9)
     batch: int = setting(64, "images in each step, over all devices", 1, 10**5)
     lr: float = setting(6e-3, "largest learning rate", 1e-9, 1.0)
-    muon_lr: float = setting(0.03, "the same for the hidden layers, which Muon trains; 0: Adam for "
-                             "all", 0.0, 1.0)
+    muon_lr: float = setting(0.03, "the same of Muon, for the hidden layers; 0: Adam for all", 0.0,
+                             1.0)
     warmup: int = setting(100, "steps in which the learning rate rises", 1, 10**9)
     decay: bool = setting(True, "let the learning rate then fall to 0 in a straight line")
     beta2: float = setting(0.99, "Adam's second beta", 0.0, 0.999999)
@@ -76,7 +76,7 @@ class Config:
                                                      "attention; 0: only the middle has", 0, 8192)
     dropout: float = setting(0.0, "share of activations dropped in training", 0.0, 0.99)
     num_groups: int = setting(1, "groups of each GroupNorm", 1, 4096)
-    patch_size: int = setting(2, "squares of so many pixels become one; 1 is the paper", 1, 64)
+    patch_size: int = setting(2, "side of the squares of pixels that become one; 1 is the paper", 1, 64)
 
     image_shape: tuple[int, ...] = setting((1, 28, 28), low=1, high=8192)      # channels first
     num_classes: int = setting(0, low=0, high=10**4)
@@ -106,7 +106,8 @@ PRESETS = {
 class Sampling:
     """How images are drawn.  The defaults are Algorithm 2."""
 
-    sampler: str = setting("ddpm", "ddpm: Algorithm 2; ddim; dpm: good images in 20 steps",
+    sampler: str = setting("ddpm", "ddpm: Algorithm 2; ddim, deterministic with --eta 0; dpm: good "
+                           "images in 20 steps",
                            choices=("ddpm", "ddim", "dpm"))
     steps: int = setting(1000, "calls of the network, at most T", 1, 10**6)
     variance: str = setting("beta", "sigma_t^2 of ddpm", choices=("beta", "beta_tilde"))
@@ -115,7 +116,7 @@ class Sampling:
     guidance: float = setting(1.0, "s: 0 ignores the label, 1 follows it, more exaggerates it (1 + "
                               "w of Ho and Salimans)", 0.0, 100.0)
     label: str = setting("random", "a class; all: a column for each; none; or random: all equally "
-                         "often, shuffled; with --keep random is none")
+                         "often, shuffled (with --keep: none)")
     keep: str | None = setting(None, "keep a part of held-out images, complete each in four ways",
                                choices=("left", "right", "top", "bottom", "centre", "coarse"))
     resample: int = setting(1, "with --keep: how often each step is taken", 1, 1000)
@@ -123,7 +124,7 @@ class Sampling:
     batch: int = setting(100, "images at a time: fewer need less memory", 1, 10**5)
     weights: str | None = setting(None, "a network, a checkpoint or a published network's folder; by "
                                   "default out/checkpoint.safetensors, else the one that ships")
-    out: str = setting("out/samples.png", ".png: a sheet; .npz: the arrays")
+    out: str = setting("out/samples.png", ".png: a grid of the images; .npz: the arrays")
     animate: bool = setting(False, "show all of the way from x_T to x_0, in an animated PNG")
     data: str | None = setting(None, "with --keep: the data whose held-out images are completed "
                                "(those of the training)")

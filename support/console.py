@@ -15,7 +15,7 @@ import numpy as np
 
 
 def on_stop(handle: Callable):
-    """handle(number, frame) answers Ctrl-C, a request to end, and the loss of the terminal."""
+    """handle(number, frame) handles Ctrl-C, a request to end, and the loss of the terminal."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)                        # Windows has no SIGHUP,
         if number and signal.getsignal(number) != signal.SIG_IGN:   # and nohup wants it ignored

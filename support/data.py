@@ -85,9 +85,12 @@ def held_out_images(path: str | Path | None, config: Config, least: int, most: i
     """The first held-out images, (N, H, W, C) uint8, and their labels (N,) or None.
 
     path: None for the data of the training.  Raises ValueError if there are fewer than `least`, or
-    if the network of `config` draws images of another size.
+    if the network of `config` draws images of another size or was trained on other data.
     """
     images, labels = load(path or config.data, with_labels=config.num_classes > 0)
+    if path is None and fingerprint(images, labels) != config.fingerprint:
+        raise ValueError(f"the network was trained on other images than {config.data or DIGITS}: "
+                         "name images that it has not seen with --data")
     held_out, (channels, *size) = split(len(images))[1], config.image_shape
     if len(held_out) < least or images.shape[1:] != (*size, channels):
         raise ValueError(f"{path or config.data or DIGITS} has {len(held_out)} held-out images of "

@@ -67,9 +67,9 @@ def over_all(value, device: torch.device, largest: bool = False) -> Tensor:
     return value
 
 
-def seed_from(*key: int) -> int:
-    """A seed that shares nothing with those of other keys, not even of neighbours."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+def seed_from(use: str, *key: int) -> int:
+    """A seed for one use of random numbers, unlike those for other uses and for other keys."""
+    return int(np.random.SeedSequence((*use.encode(), *key)).generate_state(1)[0])
 
 
 class SharedGenerator:

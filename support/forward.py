@@ -10,7 +10,7 @@ from ddpm import Schedule, cosine, linear
 from support.config import Config
 
 
-def schedule_of(config: Config) -> Schedule:
+def schedule_from(config: Config) -> Schedule:
     """The schedule that the settings name, in float64."""
     return (cosine(config.T) if config.schedule == "cosine"
             else linear(config.T, config.beta_1, config.beta_T))

@@ -1,4 +1,4 @@
-"""A training run: begun, saved, and gone on with exactly."""
+"""A training run: begun, saved, and resumed exactly."""
 import copy
 import json
 from dataclasses import asdict, replace
@@ -34,8 +34,8 @@ class Run:
         """The random numbers of one step.  They follow from the seed and the step alone, dropout's
         too, so a run that goes on needs no state of them.
         """
-        torch.manual_seed(seed_from(self.config.seed, step, processes()[0]))
-        return SharedGenerator(seed_from(self.config.seed, step), self.device)
+        torch.manual_seed(seed_from("dropout", self.config.seed, step, processes()[0]))
+        return SharedGenerator(seed_from("noise", self.config.seed, step), self.device)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint holds, the live tensors themselves, under flat names."""
@@ -93,7 +93,7 @@ class Run:
 
 
 def last_good(folder: Path) -> str:
-    return f"; {folder / CHECKPOINT} is of before" if (folder / CHECKPOINT).exists() else ""
+    return f"; {folder / CHECKPOINT} is of an earlier step" if (folder / CHECKPOINT).exists() else ""
 
 
 def open_run(folder: Path, device: torch.device, named: dict, resume: bool) -> tuple:

@@ -514,7 +514,8 @@ def test_the_network_that_ships_is_shown_but_not_measured_on_what_it_has_seen(ca
     (sample, ["--out", "x.jpg"], "must end in .png or .npz"), (sample, ["--out", "file/x.png"], "file"),
     (sample, ["--resample", 2], "--resample belongs to --keep"),
     (sample, ["--keep", "left", "--data", "small.npz"], "held-out images of (8, 8, 1)"),
-    (sample, ["--keep", "left", "-n", 1001], "has 1000 held-out images"),
+    (sample, ["--keep", "left", "--data", "few.npz", "-n", 10], "has 9 held-out images"),
+    (sample, ["--keep", "left"], "trained on other images than"),
     (sample, ["--weights", "missing"], "missing: No such file"),
     (sample, ["--weights", "nan"], "some pixels are not finite"),
     (evaluate, ["--data", "small.npz"], "held-out images of (8, 8, 1)"),
@@ -523,6 +524,7 @@ def test_what_the_user_can_mend_is_told_in_one_line(script, argv, says, call):
     """Errors: one line on stderr that names the thing, status 2, no traceback, nothing written."""
     Path("file").write_text("no folder")
     np.savez("small.npz", images=np.zeros((99, 8, 8), np.uint8), labels=np.arange(99) % 10)
+    np.savez("few.npz", images=np.zeros((99, 28, 28), np.uint8), labels=np.arange(99) % 10)
     np.savez("bare.npz", images=np.zeros((99, 28, 28), np.uint8))
     tensors, metadata = read_tensors(sample.SHIPPED)
     tensors["conv_out.bias"] *= float("nan")

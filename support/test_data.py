@@ -170,7 +170,7 @@ def test_the_embedded_digits():
     images, labels = files.load()
     assert images.shape == (10000, 28, 28, 1) and np.bincount(labels).min() > 800
     assert DIGITS.stat().st_size < 2_000_000
-    held_out, their_labels = files.held_out_images(None, Config(num_classes=10), 2, 7)
+    held_out, their_labels = files.held_out_images(DIGITS, Config(num_classes=10), 2, 7)
     rows = files.split(10000)[1][:7]
     assert np.array_equal(held_out, images[rows]) and np.array_equal(their_labels, labels[rows])
 

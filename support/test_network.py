@@ -165,6 +165,17 @@ def test_an_untrained_network_predicts_no_noise_and_every_parameter_counts():
         assert p.grad is not None and p.grad.abs().max() > 0, name
 
 
+def test_a_label_is_added_to_the_time_embedding_and_none_is_the_last():
+    """N6: a label's row is added before the activation, as if to the bias of the layer before."""
+    net, x, t = small_unet(), torch.randn(2, 1, 8, 8), torch.tensor([1, 900])
+    with torch.no_grad():
+        outputs = [net(x, t, torch.tensor([c, c])) for c in range(4)]
+        assert torch.equal(net(x, t), outputs[3])
+        net.time[2].bias += net.label[1]
+        net.label.zero_()
+        near32(net(x, t), outputs[1].numpy(), condition=10)
+
+
 def test_the_network_sees_t_and_the_label():
     """N6: ε_θ(x_t, t) depends on t; a label changes it, the one after the last stands for none."""
     net, x = small_unet(), torch.randn(1, 1, 8, 8).repeat(4, 1, 1, 1)

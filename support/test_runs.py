@@ -50,11 +50,11 @@ def test_a_stopped_run_goes_on_exactly(seed, tiny, call, short, monkeypatch):
         there = Path("run/checkpoint.safetensors").exists()
         last, count, begun = chance.randrange(first, first + 2), [0], step_of("run") if there else 0
 
-        def optimizer_step(optimizers, share):
+        def optimizer_step(optimizers, lr_scale):
             count[0] += 1
             if count[0] == last - begun and number != 13:
                 signal.raise_signal(number)
-            step_down(optimizers, share)
+            step_down(optimizers, lr_scale)
 
         def nobody_reads(progress, done, text, tell=train.Progress.__call__):
             if number == 13 and done >= last:
@@ -66,7 +66,7 @@ def test_a_stopped_run_goes_on_exactly(seed, tiny, call, short, monkeypatch):
             resume = ["--resume", "--out"] if there else argv
             status, text, _ = call(train, *resume, "run", "--device", "cpu")
         assert status == 128 + number and step_of("run") == last + last % 2
-        assert (f"stopped and saved at step {last + last % 2}; to go on: python train.py --resume "
+        assert (f"stopped and saved at step {last + last % 2}; to resume: python train.py --resume "
                 "--out run") in text
     assert call(train, "--resume", "--out", "run", "--device", "cpu")[0] == 0
     straight, run = contents("straight"), contents("run")

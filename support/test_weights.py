@@ -141,7 +141,7 @@ def test_the_network_that_ships_predicts_what_it_did():
     images, labels = map(torch.from_numpy, load())
     x0, label = to_batch(images[:50]), labels[:50]
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
-    tables = sample.on_device(sample.schedule_of(config), "cpu")
+    tables = sample.on_device(sample.schedule_from(config), "cpu")
     x_t = sample.q_sample(x0, 300, eps, tables)
 
     def loss(t, label):
