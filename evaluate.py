@@ -180,7 +180,7 @@ def main():
     chosen = Sampling(**given(parser.parse_args()))
     path = chosen.weights or (LAST if LAST.exists() else SHIPPED)
     net, config = load_network(path, choose_device(chosen.device))
-    most = max(2, 2 ** 23 // np.prod(config.image_shape))          # so many fit into 64 MB
+    most = max(2, 2 ** 21 // np.prod(config.image_shape))     # so many fit into 16 MB of float64
     images, labels = load(chosen.data or config.data, with_labels=config.num_classes > 0)
     unseen = held_out_images(chosen.data or config.data or DIGITS, config, 2, min(1000, most))
     if config.num_classes and (labels is None or labels.max() >= config.num_classes):

@@ -1188,23 +1188,6 @@ def test_every_t_is_equally_likely():
     assert np.all(np.abs(fractions - 0.1) < 6 * math.sqrt(0.09 / 20000))
 
 
-def test_the_learning_rate_rises_and_falls():
-    """Warmup in a straight line; with decay down to the last step's 1/steps; without, constant."""
-    config = Config(warmup=10, steps=100)
-    found = [train.learning_rate(step, config) for step in (1, 10, 100)]
-    assert found == pytest.approx([0.1, 0.91, 0.01])
-    assert train.learning_rate(100, replace(config, decay=False)) == 1
-
-
-def test_the_average_is_of_the_parameters_alone():
-    """EMA: buffers, such as tables, are left alone."""
-    net, ema = Linear(3), Linear(3)
-    net.register_buffer("table", torch.ones(1)), ema.register_buffer("table", torch.zeros(1))
-    nn.init.ones_(net.w)
-    train.update_ema(ema, net, step=500, decay=0.75)
-    assert ema.w.tolist() == [0.25] * 4 and ema.table == 0
-
-
 def test_batches_are_images_with_their_labels():
     """Ho Algorithm 1, line 2: x_0 ~ q(x_0), images in [-1, 1] in any order, each with its label,
     none that is held out; a tenth of the labels is dropped, one by one, half of the images mirrored.

@@ -20,7 +20,7 @@ from ddpm import Schedule, l_simple
 from evaluate import least_loss
 from sample import draw_images
 from support.config import PRESETS, Config, Sampling, add_options, given
-from support.console import Progress, chart, on_stop, run_script
+from support.console import SIGPIPE, Progress, chart, on_stop, run_script
 from support.data import split, to_batch, to_pixels
 from support.devices import (SharedGenerator, autocast, over_all, precision, processes, seed_from,
                              start_processes)
@@ -155,7 +155,7 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
             try:
                 progress(run.step, f"step {run.step} of {config.steps} · loss {mean:.4f}")
             except OSError:                          # nobody reads any more: a stop like Ctrl-C
-                signals.append(13)
+                signals.append(SIGPIPE)
         # a signal to one process stops all, at the same step
         stop = 0 if done else int(over_all(max(signals, default=0), run.device, largest=True))
         if done or stop or run.step % save_every == 0:

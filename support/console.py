@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+SIGPIPE = 13                                # Python on Windows has no name for it
+
 
 def on_stop(handle: Callable):
     """handle(number, frame) handles Ctrl-C, a request to end, and the loss of the terminal."""
@@ -44,7 +46,7 @@ def run_script(main: Callable, description: str | None = None):
         main()
     except BrokenPipeError:                                    # nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(128 + 13) from None
+        raise SystemExit(128 + SIGPIPE) from None
     except (OSError, ValueError) as error:
         name = getattr(error, "filename", None)
         refuse(f"{name}: {error.strerror}" if name else error)

@@ -30,6 +30,8 @@ def precision(device: torch.device, float32: bool) -> str:
 
 def autocast(device: torch.device, float32: bool) -> torch.autocast:
     """Convolutions and matrix products in bfloat16, where `precision` says so."""
+    if float32:
+        torch.backends.cudnn.allow_tf32 = False         # else a GPU's convolutions keep 10 bits
     return torch.autocast(device.type, torch.bfloat16,
                           enabled=precision(device, float32) == "bfloat16")
 

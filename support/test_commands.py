@@ -208,7 +208,9 @@ def test_bfloat16_is_used_where_it_can_be(extra, bfloat16, coloured, call, watch
     for name in ("avx512_bf16", "amx_bf16"):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True})
         assert devices.precision(torch.device("cpu"), False) == "bfloat16"
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     call(train, "--data", coloured, "--steps", 1, "--batch", 4, *extra, *CLEAR, *SMALL)
+    assert torch.backends.cudnn.allow_tf32 == bfloat16           # float32 means float32
     seen = [len(watched)]
     call(sample, "--steps", 1, "-n", 2, "--device", "cpu")
     seen.append(len(watched))

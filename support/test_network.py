@@ -1,16 +1,17 @@
 """The network against plain formulas and independent figures, and the optimizers."""
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from support.config import PRESETS
+from support.config import PRESETS, Config
 from support.muon import Muon, optimizers
 from support.weights import their_names
-from test_math import SMALL, batch_of, near32, small_unet
-from train import optimizer_step
+from test_math import SMALL, Linear, batch_of, near32, small_unet
+from train import learning_rate, optimizer_step, update_ema
 from unet import (Architecture, Attention, Block, Downsample, Norm, UNet, Upsample, parameters,
                   time_embedding)
 
@@ -248,3 +249,20 @@ def test_muon_is_pytorch_s_in_float32():
     for p, q in zip(ours, theirs):
         difference = (p.detach().flatten(1) - q.detach()).norm() / 0.3 / min(q.shape) ** 0.5
         assert 0 < difference < 0.03                       # of the path; bfloat16 has 2⁻⁸ = 0.004
+
+
+def test_the_learning_rate_rises_and_falls():
+    """Warmup in a straight line; with decay down to the last step's 1/steps; without, constant."""
+    config = Config(warmup=10, steps=100)
+    found = [learning_rate(step, config) for step in (1, 10, 100)]
+    assert found == pytest.approx([0.1, 0.91, 0.01])
+    assert learning_rate(100, replace(config, decay=False)) == 1
+
+
+def test_the_average_is_of_the_parameters_alone():
+    """EMA: buffers, such as tables, are left alone."""
+    net, ema = Linear(3), Linear(3)
+    net.register_buffer("table", torch.ones(1)), ema.register_buffer("table", torch.zeros(1))
+    nn.init.ones_(net.w)
+    update_ema(ema, net, step=500, decay=0.75)
+    assert ema.w.tolist() == [0.25] * 4 and ema.table == 0
