@@ -190,7 +190,7 @@ def main():
     training = split(len(images))[0][:10 * most]
     images, labels = images[training], None if labels is None else labels[training]
     print(f"{path} on {next(net.parameters()).device}")
-    draw_perfectly(net, config, images[:most], labels)
+    draw_perfectly(net, config, images[:4 * most], None if labels is None else labels[:4 * most])
     if not seen and chosen.data is None:
         return print(f"no bound: {path} was trained on other images than the digits in assets/: name "
                      "some that it has not seen with --data")
