@@ -187,7 +187,7 @@ def main():
         raise ValueError(f"the network was trained with labels 0 .. {config.num_classes - 1}, and "
                          "these images have others")
     seen = fingerprint(images, labels) == config.fingerprint
-    training = split(len(images))[0][:10 * most]
+    training = split(len(images))[0][:40 * most]
     images, labels = images[training], None if labels is None else labels[training]
     print(f"{path} on {next(net.parameters()).device}")
     draw_perfectly(net, config, images[:4 * most], None if labels is None else labels[:4 * most])
