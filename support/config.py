@@ -52,8 +52,7 @@ class Config:
     steps: int = setting(2000, "steps of gradient descent", 1, 10**9)
     batch: int = setting(64, "images in each step, over all devices", 1, 10**5)
     lr: float = setting(6e-3, "largest learning rate", 1e-9, 1.0)
-    muon_lr: float = setting(0.03, "the same of Muon, for the hidden layers; 0: Adam for all", 0.0,
-                             1.0)
+    muon_lr: float = setting(0.03, "the same of Muon, for hidden layers; 0: Adam for all", 0.0, 1.0)
     warmup: int = setting(100, "steps in which the learning rate rises", 1, 10**9)
     decay: bool = setting(True, "let the learning rate then fall to 0 in a straight line")
     beta2: float = setting(0.99, "Adam's second beta", 0.0, 0.999999)
@@ -69,14 +68,13 @@ class Config:
     beta_T: float = setting(0.02, "last beta of the linear schedule", 1e-9, 0.9999)
 
     model_channels: int = setting(16, "channels of the network's first level", 4, 4096)
-    channel_mult: tuple[int, ...] = setting((1, 2), "channels of each level, in multiples of the "
-                                            "first's", 1, 64)
+    channel_mult: tuple[int, ...] = setting((1, 2), "channels of each level, times these", 1, 64)
     num_res_blocks: int = setting(1, "residual blocks per level", 1, 16)
-    attention_resolutions: tuple[int, ...] = setting((0,), "heights of the levels that have "
-                                                     "attention; 0: only the middle has", 0, 8192)
+    attention_resolutions: tuple[int, ...] = setting(
+        (0,), "heights of the levels with attention; 0: only the middle has it", 0, 8192)
     dropout: float = setting(0.0, "share of activations dropped in training", 0.0, 0.99)
     num_groups: int = setting(1, "groups of each GroupNorm", 1, 4096)
-    patch_size: int = setting(2, "side of the squares of pixels that become one; 1 is the paper", 1, 64)
+    patch_size: int = setting(2, "side of the pixel squares that become one; 1 is the paper", 1, 64)
 
     image_shape: tuple[int, ...] = setting((1, 28, 28), low=1, high=8192)      # channels first
     num_classes: int = setting(0, low=0, high=10**4)
@@ -95,7 +93,7 @@ class Config:
 
 PRESETS = {
     "digits": Config(),           # found by measurement: the best digits after minutes on two cores
-    # Ho et al. (2020), appendix B
+    # Ho et al. (2020), appendix B, and their code
     "cifar10": Config(
         labels=False, flip=True, steps=800_000, batch=128, lr=2e-4, muon_lr=0.0, warmup=5000,
         decay=False, beta2=0.999, ema_decay=0.9999, **asdict(Architecture())),
@@ -106,15 +104,14 @@ PRESETS = {
 class Sampling:
     """How images are drawn.  The defaults are Algorithm 2."""
 
-    sampler: str = setting("ddpm", "ddpm: Algorithm 2; ddim, deterministic with --eta 0; dpm: good "
-                           "images in 20 steps",
-                           choices=("ddpm", "ddim", "dpm"))
-    steps: int = setting(1000, "calls of the network, at most T", 1, 10**6)
+    sampler: str = setting("ddpm", "ddpm: Algorithm 2; ddim: deterministic with --eta 0; dpm: for "
+                           "few steps", choices=("ddpm", "ddim", "dpm"))
+    steps: int = setting(1000, "sampling steps, at most T", 1, 10**6)
     variance: str = setting("beta", "sigma_t^2 of ddpm", choices=("beta", "beta_tilde"))
     eta: float = setting(1.0, "noise that ddim and dpm add: 0 none, 1 that of beta_tilde", 0.0, 1.0)
     clip: bool = setting(True, "keep the predicted x0 in [-1, 1]")
-    guidance: float = setting(1.0, "s: 0 ignores the label, 1 follows it, more exaggerates it (1 + "
-                              "w of Ho and Salimans)", 0.0, 100.0)
+    guidance: float = setting(1.0, "0 ignores the label, 1 follows it, more exaggerates it", 0.0,
+                              100.0)
     label: str = setting("random", "a class; all: a column for each; none; or random: all equally "
                          "often, shuffled (with --keep: none)")
     keep: str | None = setting(None, "keep a part of held-out images, complete each in four ways",
@@ -122,12 +119,11 @@ class Sampling:
     resample: int = setting(1, "with --keep: how often each step is taken", 1, 1000)
     n: int = setting(100, "how many images; with --keep, how many to complete", 1, 10**6)
     batch: int = setting(100, "images at a time: fewer need less memory", 1, 10**5)
-    weights: str | None = setting(None, "a network, a checkpoint or a published network's folder; by "
-                                  "default out/checkpoint.safetensors, else the one that ships")
+    weights: str | None = setting(None, "a network, a checkpoint or a published network's folder; "
+                                  "by default out/checkpoint.safetensors, else the one that ships")
     out: str = setting("out/samples.png", ".png: a grid of the images; .npz: the arrays")
-    animate: bool = setting(False, "show all of the way from x_T to x_0, in an animated PNG")
-    data: str | None = setting(None, "with --keep: the data whose held-out images are completed "
-                               "(those of the training)")
+    animate: bool = setting(False, "every x_t from x_T to x_0, in an animated PNG")
+    data: str | None = setting(None, "with --keep: where the held-out images are from (training)")
     device: str | None = setting(None, "cuda, mps or cpu; by default the best one here")
     seed: int = setting(0, "of the noise, and of the order of the labels", 0, 2**62)
 
