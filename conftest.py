@@ -69,7 +69,7 @@ def call(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """200 images of 8x8 in two classes, sorted: a bright left or a bright right half, with noise."""
+    """200 images of 8x8 in two classes, sorted: a bright left or right half, with noise."""
     rng, labels = np.random.default_rng(0), np.arange(200) // 100
     images = rng.integers(0, 60, (200, 8, 8))
     images[:100, :, :4] += 180
@@ -94,12 +94,13 @@ def short(monkeypatch):
     """Training logs, saves and draws every second step, four images in one step of the sampler:
     enough to differ when the weights do.
     """
+    from dataclasses import replace
+
     import sample
     import train
-    from dataclasses import replace
     monkeypatch.setattr(train, "LOG_EVERY", 2)
-    monkeypatch.setattr(train, "draw_images", lambda net, config, sampling, label: sample.draw_images(
-        net, config, replace(sampling, steps=1, n=4), label))
+    monkeypatch.setattr(train, "draw_images", lambda net, config, sampling, label:
+                        sample.draw_images(net, config, replace(sampling, steps=1, n=4), label))
 
 
 @pytest.fixture

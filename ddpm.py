@@ -272,8 +272,8 @@ def main():
     images = to_bytes(np.swapaxes(columns, 0, 1).reshape(-1, *letter.shape) / 2)
     write_png("out/letter.png", image_grid(images, len(shown), zoom=3))
     print("\nnaive: the letter stays, under ever more noise; scaled: the letter goes, the variance "
-          "tends to 1\ndrawn: out/letter.png, at these t, naive above; in each, one draw, and under it "
-          "the mean of 100; next: python posterior.py")
+          "tends to 1\ndrawn: out/letter.png, at these t, naive above; in each one draw, and under "
+          "it the mean of 100; next: python posterior.py")
 
 
 if __name__ == "__main__":

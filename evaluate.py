@@ -107,7 +107,8 @@ def least_loss(images: np.ndarray, labels: np.ndarray | None, config: Config,
     1..T, and from fewer pairs of larger images.  A network that is given the label compares x_t
     with the images of that label alone.
     """
-    schedule, rng, pixels = schedule_from(config), np.random.default_rng(config.seed), images[0].size
+    schedule, pixels = schedule_from(config), images[0].size
+    rng = np.random.default_rng(config.seed)
     chosen = split(len(images))[0][:min(10_000, max(2, 2 ** 24 // pixels))]
     draws = min(draws, max(4, 2 ** 25 // pixels))
     x = to_pixels(images[chosen]).reshape(len(chosen), -1)
@@ -192,8 +193,8 @@ def main():
     print(f"{path} on {next(net.parameters()).device}")
     draw_perfectly(net, config, images[:4 * most], None if labels is None else labels[:4 * most])
     if not seen and chosen.data is None:
-        return print(f"no bound: {path} was trained on other images than the digits in assets/: name "
-                     "some that it has not seen with --data")
+        return print(f"no bound: {path} was trained on other images than the digits in assets/: "
+                     "name some that it has not seen with --data")
     print_bound(net, config, *unseen)
     if seen:
         print_copies(net, config, images, unseen[0][:100])

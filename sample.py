@@ -34,7 +34,7 @@ COMPLETIONS = 4             # of each image, with --keep
 # ── Algorithm 2 ───────────────────────────────────────────────────────────────────────────────────
 
 def algorithm_2(step: Callable, T: int, noise: Callable) -> Iterator[tuple]:
-    """x_T, x_{T−1}, …, x_0, each with the x̂_0 predicted on the way               Algorithm 2, N4, N8
+    """x_T, x_{T−1}, …, x_0, each with the x̂_0 predicted on the way             Algorithm 2, N4, N8
 
     step(x_t, t, z, x̂_0 of the step before) → (x_{t−1}, x̂_0).  noise() → a fresh ε ~ N(0, I).
     """
@@ -97,8 +97,8 @@ def dpm_step(x_t, t, x0, x0_prev, z, schedule, eta=0.0):
 
     Lu et al. (2022), arXiv:2211.01095: λ = ln(√ᾱ/√(1−ᾱ)) = ½ ln SNR, h = λ_{t−1} − λ_t,
     r = h_prev/h, and from the two latest x̂_0 D = (1 + 1/(2r)) x̂_0 − 1/(2r) x̂_0 prev: x̂_0
-    extrapolated by half a step.  This is DDIM's step for η = 0 with D in place of x̂_0, so that step
-    is called; η = 1 gives the solver's SDE form.
+    extrapolated by half a step.  This is DDIM's step for η = 0 with D in place of x̂_0, and η = 1
+    gives the solver's SDE form.
     D = x̂_0 where λ is infinite or x̂_0 has no predecessor: in the first step, in the last, and
     after ᾱ = 0 in float32.
     """

@@ -162,7 +162,7 @@ for operator in ("add", "sub", "mul", "truediv", "radd", "rsub", "rmul", "rtrued
 
 
 class Precise(Exact):
-    """The same to a hundred digits, with all the functions: the exact value of a rounded formula."""
+    """The same to a hundred digits, with all functions: the exact value of a rounded formula."""
 
     __float__ = Fraction.__float__
 
@@ -974,7 +974,7 @@ def test_the_constant_and_L_T_keep_their_digits():
 @given(st.lists(st.floats(1e-4, 0.9), min_size=1, max_size=4), st.data(), pixels,
        st.lists(pixels, min_size=1, max_size=3))
 def test_the_best_network_keeps_its_digits(beta, data, x_t, images):
-    """score: best_x0, whose exponents ‖x_t − √ᾱ_t x_i‖²/(2(1−ᾱ_t)) are the larger the less noise."""
+    """score: best_x0, whose exponents ‖x_t − √ᾱ_t x_i‖²/(2(1−ᾱ_t)) grow as noise falls."""
     schedule, t = schedule_of(beta), data.draw(st.integers(1, len(beta)))
     found, exact = (posterior.best_x0(np.array([[kind(x_t)]]), t,
                                       np.array([[kind(x)] for x in images]), tables_)[0, 0]
@@ -1057,7 +1057,8 @@ def test_torch_x_t_is_numpy_x_t(device, seed, moment):
 def test_the_loss_that_is_trained_is_numpy_s():
     """Ho (14), N6, N7, V13: l_simple of tensors is that of arrays, its gradient 2 (ε_θ − ε)/n."""
     for device in DEVICES:
-        (eps, eps32), (eps_hat, eps_hat32) = (batch_of(i, 5, 1, 8, 8, device=device) for i in (0, 1))
+        (eps, eps32), (eps_hat, eps_hat32) = (batch_of(i, 5, 1, 8, 8, device=device)
+                                              for i in (0, 1))
         loss = ddpm.l_simple(eps32, eps_hat32.requires_grad_())
         loss.backward()
         near32(loss, ddpm.l_simple(eps, eps_hat))
@@ -1138,9 +1139,11 @@ def test_training_on_gaussian_data_reaches_the_floor_and_not_below():
     the expected loss on N(0, 1) to 0.2755, from above.
     """
     run = bare_run(Linear(1000), torch.optim.Adam, 0.05, steps=400, warmup=10)
-    for _ in zip(range(400), train.algorithm_1(
-            run, run.net, lambda step: (SharedGenerator(step).standard_normal((1000, 1, 2, 2)), None),
-            forward.on_device(PAPER, "cpu"))):
+
+    def next_batch(step):
+        return SharedGenerator(step).standard_normal((1000, 1, 2, 2)), None
+    for _ in zip(range(400), train.algorithm_1(run, run.net, next_batch,
+                                               forward.on_device(PAPER, "cpu"))):
         pass
     for trained in (run.net, run.ema):
         w = trained.w.detach().double().numpy()[1:]
@@ -1190,7 +1193,7 @@ def test_every_t_is_equally_likely():
 
 def test_batches_are_images_with_their_labels():
     """Ho Algorithm 1, line 2: x_0 ~ q(x_0), images in [-1, 1] in any order, each with its label,
-    none that is held out; a tenth of the labels is dropped, one by one, half of the images mirrored.
+    none that is held out; a tenth of the labels is dropped, half of the images mirrored.
 
     Five standard errors of 8,000: a false alarm once in 10⁶; shares off by 0.02 and 0.03 are found.
     """
@@ -1242,7 +1245,7 @@ def gaussian_trajectory(sampling, schedule, m, s2, noises):
     tables, left = Schedule(*map(torch.tensor, schedule)), list(noises)[::-1]
 
     def noise():
-        assert left, f"Algorithm 2 draws {schedule.T} noises: x_T, and z at t = T, …, 2; not one more"
+        assert left, f"Algorithm 2 draws {schedule.T} noises: x_T, and z for t > 1; not one more"
         return left.pop().reshape(-1, 1, 1, 1)
     step = sample.sampler_step(lambda x_t, t: best_eps(x_t, t, m, s2, tables), tables, sampling)
     return [x_t.flatten() for x_t, _ in sample.algorithm_2(step, schedule.T, noise)]

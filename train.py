@@ -60,14 +60,14 @@ def algorithm_1(run: Run, eps_theta: Callable, next_batch: Callable,
 def stratified_t(n: int, T: int, rng: SharedGenerator) -> Tensor:
     """t ~ Uniform({1, …, T}), but stratified: one t from each of `n` equal parts of the range.
 
-    The expected loss is that of independent t, and it varies less: better digits, sooner (MEASURED.md).
+    The expected loss is that of independent t, and it varies less: better digits, sooner.
     """
     return (rng.stratified(n) * T).long().clamp(max=T - 1) + 1
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """What --lr is multiplied by: it rises to 1 over `warmup` steps, times, with `decay`, a straight
-    line from 1 at the first step to 1/steps at the last.
+    """The factor of --lr: min(1, step/warmup), and with `decay` times a straight line from 1 at the
+    first step to 1/steps at the last.
     """
     rise = min(1.0, step / config.warmup)
     fall = 1 - (step - 1) / config.steps if config.decay else 1.0
@@ -122,7 +122,7 @@ def batches(images: np.ndarray, labels: np.ndarray | None, config: Config,
 # ── The training run ──────────────────────────────────────────────────────────────────────────────
 
 def predictor(run: Run, compile: bool) -> Callable:
-    """eps_theta(x_t, t, label): the run's network; with several processes they share its gradient."""
+    """eps_theta(x_t, t, label): the run's network; several processes average its gradients."""
     net = nn.parallel.DistributedDataParallel(run.net) if processes()[1] > 1 else run.net
     net = torch.compile(net) if compile else net
 
@@ -188,7 +188,8 @@ def draw_samples(run: Run, path: Path):
 
 def announce(run: Run, images: np.ndarray, labels: np.ndarray | None):
     """What is about to happen, and what loss to expect."""
-    config, schedule, (training, held_out) = run.config, schedule_from(run.config), split(len(images))
+    config, schedule = run.config, schedule_from(run.config)
+    training, held_out = split(len(images))
     some = images[training[:100]]
     l_T = posterior.bits_per_dim(posterior.L_T(to_pixels(some), schedule))
     verdict = "x_T is noise" if l_T < 0.01 else (

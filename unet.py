@@ -130,7 +130,7 @@ class UNet(nn.Module):
     """ε_θ(x_t, t)                                                                  Ho appendix B
 
     x_t: (B, C, H, W) in [-1, 1] plus noise;  t: (B,), in 1..T;  label: (B,), in 0..num_classes, or
-    None for no label → the noise (B, C, H, W).  Raises ValueError for sizes that do not fit together.
+    None for no label → the noise (B, C, H, W).  Raises ValueError for sizes that do not fit.
     """
 
     def __init__(self, architecture: Architecture = Architecture()):

@@ -93,7 +93,8 @@ class Run:
 
 
 def last_good(folder: Path) -> str:
-    return f"; {folder / CHECKPOINT} is of an earlier step" if (folder / CHECKPOINT).exists() else ""
+    path = folder / CHECKPOINT
+    return f"; {path} is of an earlier step" if path.exists() else ""
 
 
 def open_run(folder: Path, device: torch.device, named: dict, resume: bool) -> tuple:

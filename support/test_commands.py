@@ -58,15 +58,16 @@ def test_training_says_what_it_does_and_the_loss_falls(trained, tiny):
     images, labels = files.load(tiny)
     least, known = evaluate.least_loss(images, labels, config_from(read_tensors(
         out / "checkpoint.safetensors")[1]))
-    for text in ("device    cpu", "180 of 8x8x1 to train on, 20 held out, 2 labels, pixels 0 .. 239",
+    for text in ("device    cpu",
+                 "180 of 8x8x1 to train on, 20 held out, 2 labels, pixels 0 .. 239",
                  "linear, T = 20: L_T = 0.00", "1 for a network that predicts no noise; "
                  f"{least:.4f} for the best possible on\n          {known} of these images",
-                 "step 100 of 100 · loss", "images/s", "loss └", "next: python sample.py --weights"):
+                 "step 100 of 100 · loss", "images/s", "loss └", "next: python sample.py"):
         assert text in printed, text
     assert not errors and "\r" not in printed and known == 180
     rows = [line.split(",") for line in (out / "log.csv").read_text().split()]
     losses = [float(loss) for _, loss in rows[1:]]
-    assert rows[0] == ["step", "loss"] and [r[0] for r in rows[1:]] == [str(10 * k) for k in range(1, 11)]
+    assert [row[0] for row in rows] == ["step", *(str(10 * k) for k in range(1, 11))]
     assert least < losses[-1] < losses[0] < 1.2 and losses[-1] < 0.5
     for k in (20, 40, 60, 80, 100):
         assert decoded(out / f"step-{k:06}.png")[0].shape == (10 * 18 + 2, 10 * 18 + 2, 1)
@@ -143,7 +144,7 @@ def test_the_network_is_trained_on_what_algorithm_1_says(coloured, call, watched
     np.testing.assert_allclose(row, [10, np.mean(losses)], rtol=1e-4)
     run, shared = (read_tensors(Path("out", f"{name}.safetensors"))[0]
                    for name in ("checkpoint", "network"))
-    assert len(drawn) == 2 * 4 and not any(step.training for step in drawn)   # 100 images, 64 at once
+    assert len(drawn) == 2 * 4 and not any(step.training for step in drawn)    # 64, then 36
     for step, first, last in zip(drawn, 4 * [0] + 4 * [64], 4 * [64] + 4 * [100]):
         assert torch.equal(step.bias, run["ema.conv_in.bias"])
         assert not torch.equal(step.bias, run["net.conv_in.bias"])
@@ -260,7 +261,8 @@ def test_every_option_of_training_changes_what_is_trained(name, argv, plain_run,
     changed, metadata = read_tensors(Path("changed/checkpoint.safetensors"))
     plain, settings_ = plain_run[0], asdict(config_from(plain_run[1]))
     follows = dict(labels={"num_classes"}, data={"fingerprint"}).get(name, set())
-    differ = {key for key, value in asdict(config_from(metadata)).items() if value != settings_[key]}
+    found = asdict(config_from(metadata))
+    differ = {key for key, value in found.items() if value != settings_[key]}
     if name == "labels":                                # the fingerprint is of images and labels
         differ -= {"fingerprint"}
     assert differ == {name} | follows
@@ -314,7 +316,8 @@ def test_the_default_is_algorithm_2():
     for parser, settings_ in ((train.arguments(), Config), (sample.arguments(), Sampling)):
         text = " ".join(parser.format_help().split())
         for rule in fields(settings_):
-            shown = " ".join(map(str, rule.default)) if type(rule.default) is tuple else rule.default
+            shown = rule.default
+            shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else shown
             if rule.metadata["help"]:
                 told = rule.metadata["help"] + (f" ({shown})" if shown is not None else "")
                 assert " ".join(told.split()) in text, told
@@ -357,8 +360,8 @@ def test_the_same_pictures_whatever_the_batch(options, trained, call, monkeypatc
 def test_labels_are_saved_only_where_they_were_followed(trained, call):
     """.npz: with --guidance 0 and with --label none there are no labels to save."""
     for options, there in (([], True), (["--guidance", 0], False), (["--label", "none"], False)):
-        call(sample, "--weights", trained[0] / "network.safetensors", "-n", 2, "--steps", 1, "--out",
-             "x.npz", *options)
+        call(sample, "--weights", trained[0] / "network.safetensors", "-n", 2, "--steps", 1,
+             "--out", "x.npz", *options)
         assert ("labels" in np.load("x.npz")) == there
 
 
@@ -398,8 +401,8 @@ def test_completions_keep_what_they_say(trained, tiny, call):
 
 
 def test_the_frames_of_an_animation_run_from_noise_to_the_image(trained, call):
-    """--animate: x_T and nothing predicted yet; then each x_t above the x̂_0 that led there; at last
-    the image twice.  A viewer without animation shows that last frame.
+    """--animate: x_T and nothing predicted yet; then each x_t above the x̂_0 of that step; at
+    last the image twice.  A viewer without animation shows that last frame.
     """
     both = ["--weights", trained[0] / "checkpoint.safetensors", "--sampler", "ddim", "--steps", 3,
             "-n", 5, "--device", "cpu", "--batch", 2, "--out"]
@@ -489,7 +492,7 @@ def test_the_bound_is_that_of_the_held_out_images(random_network, coloured, call
 
 
 def test_the_network_that_ships_is_shown_but_not_measured_on_what_it_has_seen(call):
-    """evaluate.py, in a fresh clone: its drawings beside the perfect network's, and why no bound."""
+    """evaluate.py, in a fresh clone: drawings beside the perfect network's, and why no bound."""
     status, text, errors = call(evaluate, "--weights", sample.SHIPPED, "--device", "cpu")
     assert status == 0 and not errors and "no bound: " in text and "--data" in text
     assert text.count("0.000") == 10 and decoded(Path("out/perfect.png"))[0].std() > 30
@@ -501,19 +504,20 @@ def test_the_network_that_ships_is_shown_but_not_measured_on_what_it_has_seen(ca
     (train, ["--T", 0], "--T must be 1 .. 1000000, not 0"), (train, ["--T", "x"], "invalid int"),
     (train, ["--beta-T", "nan"], "--beta-T must be 1e-09 .. 0.9999, not nan"),
     (train, ["--device", "nonsense"], "no device 'nonsense'"),
-    (train, ["--device", "meta"], "no device 'meta'"), (train, ["--device", "cuda:99"], "no device"),
+    (train, ["--device", "meta"], "no device 'meta'"),
+    (train, ["--device", "cuda:99"], "no device"),
     (train, ["--schedule", "cosine", "--beta-1", 0.1], "belong to --schedule linear"),
-    (train, ["--schedule", "x"], "invalid choice"), (train, ["--nonsense"], "unrecognized arguments"),
+    (train, ["--schedule", "x"], "invalid choice"), (train, ["--nonsense"], "unrecognized"),
     (train, ["--model-channels", 7], "7 model channels must be an even number"),
     (train, ["--patch-size", 3], "cannot halve images of 28x28: both sides must be multiples of 6"),
     (train, ["--out", "file/out"], "file"), (train, ["--data", "a\nb"], "a b: No such file"),
     (train, ["--resume"], "start without --resume"),
-    (sample, ["--sampler", "x"], "invalid choice"), (sample, ["--label", 10], "must be 0 .. 9, all"),
+    (sample, ["--sampler", "x"], "invalid choice"), (sample, ["--label", 10], "must be 0 .. 9"),
     (sample, ["--label", "all", "-n", 3], "multiple of 10"),
     (sample, ["--eta", 0.5], "--eta belongs to"), (sample, ["--keep", "top", "--sampler", "dpm"],
                                                    "--keep works with --sampler ddpm or ddim"),
     (sample, ["--sampler", "dpm", "--variance", "beta_tilde"], "--variance belongs to"),
-    (sample, ["--out", "x.jpg"], "must end in .png or .npz"), (sample, ["--out", "file/x.png"], "file"),
+    (sample, ["--out", "x.jpg"], "must end in .png"), (sample, ["--out", "file/x.png"], "file"),
     (sample, ["--resample", 2], "--resample belongs to --keep"),
     (sample, ["--keep", "left", "--data", "small.npz"], "held-out images of (8, 8, 1)"),
     (sample, ["--keep", "left", "--data", "few.npz", "-n", 10], "has 9 held-out images"),

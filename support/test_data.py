@@ -223,7 +223,8 @@ def test_bytes_are_pixels_and_back():
     pixels = files.to_pixels(levels)
     np.testing.assert_allclose(pixels, 2 * np.arange(256) / 255 - 1, atol=1e-15)
     assert np.array_equal(pictures.to_bytes(pixels), levels)
-    assert pictures.to_bytes(np.array([-7, -0.999, 0.01, 0.99, 7])).tolist() == [0, 0, 129, 254, 255]
+    found = pictures.to_bytes(np.array([-7, -0.999, 0.01, 0.99, 7]))
+    assert found.tolist() == [0, 0, 129, 254, 255]
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 5, 3), np.uint8)
     x0 = files.to_batch(torch.from_numpy(images))
     for channel in range(3):
@@ -250,7 +251,7 @@ def test_a_png_holds_its_pixels(shape, tmp_path):
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    """Files: a failure keeps what was there, leaves nothing beside it, and names the file; a link is
+    """Files: a failure keeps what was there, leaves nothing beside it, names the file; a link is
     followed; what a killed run left is replaced; what is no regular file stays what it is.
     """
     path, link = tmp_path / "a.txt", tmp_path / "link.txt"

@@ -19,7 +19,8 @@ from support import exercises
 from support.test_data import decoded
 
 ROOT = Path(__file__).resolve().parents[1]
-README, READING = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "READING.md"))
+README, READING = ((ROOT / f"{name}.md").read_text(encoding="utf-8")
+                   for name in ("README", "READING"))
 QUICK_START = [part for block in re.findall(r"```sh\n(.*?)\n```", README) for part in
                block.split(" && ")]
 PATH = re.search(r"## A path of 45 minutes\n(.*?)\n## ", READING, re.S)[1]
@@ -125,7 +126,8 @@ def test_the_exercises_are_ours_without_the_equations(call):
     """
     assert call(exercises, "mine")[0] == 0
     for name in exercises.FILES:
-        ours, theirs = ((folder / name).read_text(encoding="utf-8") for folder in (ROOT, Path("mine")))
+        ours, theirs = ((folder / name).read_text(encoding="utf-8")
+                        for folder in (ROOT, Path("mine")))
         blank = [name for name, _ in exercises.tagged(ours)]
         assert theirs.count(exercises.BLANK) == len(blank) > 5
         for before, after in zip(exercises.tagged(ours), exercises.tagged(theirs), strict=True):
@@ -149,11 +151,12 @@ def test_what_a_reader_fills_in_is_marked_by_itself(call):
     blank = f"    {exercises.BLANK}\n"
     for name, body in (("q_sample", "kept = np.sqrt(schedule.alpha_bar[t])\n    return kept * x0 + "
                         "schedule.one_minus_alpha_bar[t] ** 0.5 * eps"),
-                       ("q_marginal", "import math\n    return math.sqrt(schedule.alpha_bar[t]) * x0,"
-                        " 1 - schedule.alpha_bar[t]")):
+                       ("q_marginal", "import math\n    return math.sqrt(schedule.alpha_bar[t])"
+                        " * x0, 1 - schedule.alpha_bar[t]")):
         head, rest = re.split(rf"(?=def {name}\()", Path("mine/ddpm.py").read_text("utf-8"))
         Path("mine/ddpm.py").write_text(head + rest.replace(blank, f"    {body}\n", 1), "utf-8")
-    done = subprocess.run([sys.executable, "-m", "pytest"], cwd="mine", capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "pytest"], cwd="mine", capture_output=True,
+                          text=True)
     assert done.returncode == 1
     assert re.findall(r"\[ddpm.py: (\w+)\] (PASSED|FAILED)", done.stdout) == [
         ("q_marginal", "FAILED"), ("q_sample", "PASSED")], done.stdout

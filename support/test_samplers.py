@@ -159,7 +159,8 @@ def test_orders_of_the_solvers():
                 [[0], np.linspace(12800 // 80, 12800, steps + 1).round().astype(int)])
             short = ddpm.respaced(fine, times)
             noises = [torch.ones(1, dtype=torch.float64)] + [torch.zeros(1)] * steps
-            *_, x_1, _ = gaussian_trajectory(Sampling(name, eta=0.0, clip=False), short, m, s2, noises)
+            sampling = Sampling(name, eta=0.0, clip=False)
+            *_, x_1, _ = gaussian_trajectory(sampling, short, m, s2, noises)
             v = [ddpm.variance_at(t, s2, short) for t in (short.T, 1)]
             kept = np.sqrt(short.alpha_bar[[short.T, 1]])
             # the flow scales with √v
