@@ -97,25 +97,28 @@ def batches(images: np.ndarray, labels: np.ndarray | None, config: Config,
     """next_batch(step) → x_0 ~ q(x_0), (B, C, H, W) in [-1, 1], and labels (B,) or None.
 
     The images are those that are not held out.  A label is dropped with probability p_uncond: then
-    it is num_classes.  Nothing here waits for the device.
+    it is num_classes.
     """
     training, _ = split(len(images))
     resident = None
     if device.type != "cpu" and images.nbytes <= ON_DEVICE:
         resident = torch.tensor(images[training], device=device)
 
+    def moved(part):                 # without waiting, where that is safe for what is soon gone
+        return part.to(device, non_blocking=device.type == "cuda")
+
     def next_batch(step):
         rng = SharedGenerator(seed_from("data", config.seed, step))           # on the host
         i = rng.integers(len(training), config.batch // rng.world)
         flip, drop = rng.uniform(len(i)) < 0.5, rng.uniform(len(i)) < config.p_uncond
         rows = training[i.numpy()]
-        chosen = torch.from_numpy(images[rows]) if resident is None else resident[i.to(device)]
-        x0 = to_batch(chosen.to(device))
+        x0 = to_batch(moved(torch.from_numpy(images[rows])) if resident is None
+                      else resident[moved(i)])
         if config.flip:
-            x0 = torch.where(flip.to(device)[:, None, None, None], x0.flip(3), x0)
+            x0 = torch.where(moved(flip)[:, None, None, None], x0.flip(3), x0)
         if labels is None:
             return x0, None
-        return x0, torch.where(drop, config.num_classes, torch.from_numpy(labels[rows])).to(device)
+        return x0, moved(torch.where(drop, config.num_classes, torch.from_numpy(labels[rows])))
     return next_batch
 
 
@@ -216,7 +219,7 @@ def arguments() -> ArgumentParser:
                         "(the default), or cifar10, the paper's")
     parser.add_argument("--out", help="folder for checkpoint and pictures (out)")
     parser.add_argument("--resume", action=BooleanOptionalAction,
-                        help="go on from the checkpoint in --out, exactly")
+                        help="continue the run whose checkpoint is in --out, exactly")
     parser.add_argument("--device", help="cuda, mps or cpu; by default the best one here")
     parser.add_argument("--deterministic", action=BooleanOptionalAction,
                         help="bit for bit repeatable on a GPU too; slower")
