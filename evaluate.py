@@ -16,9 +16,9 @@ import ddpm
 import posterior
 from ddpm import Schedule
 from sample import LAST, SHIPPED, draw_images
-from support.config import DIGITS, Config, Sampling, add_options, given
+from support.config import Config, Sampling, add_options, given
 from support.console import Progress, run_script
-from support.data import fingerprint, held_out_images, load, split, to_batch, to_pixels
+from support.data import DIGITS, fingerprint, held_out_images, load, split, to_batch, to_pixels
 from support.devices import autocast, choose_device
 from support.forward import on_device, q_sample, schedule_from
 from support.pictures import image_grid, write_png

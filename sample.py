@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ddpm import Schedule, respaced, snr, times
 from posterior import beta_tilde
-from support.config import DIGITS, Config, Sampling, add_options, given
+from support.config import Config, Sampling, add_options, given
 from support.console import Progress, run_script
-from support.data import held_out_images, to_batch
+from support.data import DIGITS, held_out_images, to_batch
 from support.devices import autocast, choose_device
 from support.drawing import image_noise, labels_for, projection
 from support.forward import eps_from_x0, on_device, q_sample, schedule_from, x0_from_eps

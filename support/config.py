@@ -9,8 +9,6 @@ from pathlib import Path
 
 from unet import Architecture
 
-DIGITS = Path(__file__).resolve().parents[1] / "assets" / "digits.npz"
-
 
 def setting(default, help="", low=None, high=None, choices=None):
     """A field of a settings class.  low .. high: the range of a number, or of each of several."""

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.config import DIGITS, Config
-
+DIGITS = Path(__file__).resolve().parents[1] / "assets" / "digits.npz"
 LARGEST = 4 << 30              # bytes that a file may unpack to; an .npy is read in place instead
 # What the two arrays of an .npz are called, in the order of preference.
 NAMES = (("images", "labels"), ("x_train", "y_train"), ("train_images", "train_labels"))
@@ -81,7 +80,7 @@ def fingerprint(images: np.ndarray, labels: np.ndarray | None) -> str:
     return f"{len(images)}-{checksum:08x}"
 
 
-def held_out_images(path: str | Path | None, config: Config, least: int, most: int) -> tuple:
+def held_out_images(path: str | Path | None, config, least: int, most: int) -> tuple:
     """The first held-out images, (N, H, W, C) uint8, and their labels (N,) or None.
 
     path: None for the data of the training.  Raises ValueError if there are fewer than `least`, or

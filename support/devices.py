@@ -1,11 +1,23 @@
 """Where it runs: the device, its precision, and the processes that share the work."""
 import atexit
+import ctypes
 import os
+from contextlib import suppress
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def keep_memory():
+    """Freed memory stays with the process, for the next step.  The C library of Linux would give it
+    back and ask for new pages in each step: a sixth of the time of Algorithm 2 on a CPU.
+    """
+    with suppress(AttributeError, OSError, TypeError):                # where there is no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 1 << 30)                                          # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 25)                                          # M_MMAP_THRESHOLD
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -17,6 +29,8 @@ def choose_device(name: str | None = None) -> torch.device:
     except (RuntimeError, AssertionError):
         raise ValueError(f"there is no device {name!r} here: choose from "
                          f"{', '.join({best.type: 0, 'cpu': 0})}") from None
+    if device.type == "cpu":
+        keep_memory()
     return device
 
 

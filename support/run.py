@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from support.config import DIGITS, PRESETS, Config
-from support.data import fingerprint, load, parsing
+from support.config import PRESETS, Config
+from support.data import DIGITS, fingerprint, load, parsing
 from support.devices import SharedGenerator, processes, seed_from
 from support.muon import optimizers
 from support.pictures import atomic_write

@@ -2,11 +2,10 @@
 
 With betas of 1e-6 an x_t tells its x_0 exactly, and what is left of it is ε.
 """
-import os
-import re
-import shlex
+import platform
 from dataclasses import asdict, fields
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -565,3 +564,21 @@ def test_a_bug_keeps_its_trace():
             raise error
         with pytest.raises(type(error)):
             console.run_script(main)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the malloc of Linux")
+def test_what_is_freed_stays_for_the_next_step(monkeypatch):
+    """Memory: 32 MB used over and over are new pages at most twice; elsewhere there is no harm."""
+    resource = pytest.importorskip("resource")
+
+    def pages():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            blocks = [np.ones(1 << 20, np.float32) for _ in range(8)]
+            del blocks
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    devices.choose_device("cpu")
+    assert pages() * resource.getpagesize() < 2 * (32 << 20)
+    for other in (TypeError, OSError, AttributeError):
+        monkeypatch.setattr(devices.ctypes, "CDLL", Mock(side_effect=other))
+        devices.keep_memory()

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 
 from support import data as files
 from support import pictures
-from support.config import DIGITS, Config
+from support.config import Config
 
 TRIES = settings(max_examples=int(os.environ.get("TRIES", 150)))
 IMAGES = np.arange(20 * 6 * 4, dtype=np.uint16).reshape(20, 6, 4).astype(np.uint8)
@@ -169,8 +169,8 @@ def test_the_embedded_digits():
     """assets/digits.npz: 10,000 digits with labels, under 2 MB."""
     images, labels = files.load()
     assert images.shape == (10000, 28, 28, 1) and np.bincount(labels).min() > 800
-    assert DIGITS.stat().st_size < 2_000_000
-    held_out, their_labels = files.held_out_images(DIGITS, Config(num_classes=10), 2, 7)
+    assert files.DIGITS.stat().st_size < 2_000_000
+    held_out, their_labels = files.held_out_images(files.DIGITS, Config(num_classes=10), 2, 7)
     rows = files.split(10000)[1][:7]
     assert np.array_equal(held_out, images[rows]) and np.array_equal(their_labels, labels[rows])
 
