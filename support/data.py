@@ -39,6 +39,9 @@ def load(path: str | Path | None = None, with_labels: bool = True) -> tuple:
     Raises ValueError or OSError, saying what to do.
     """
     path = Path(path or DIGITS)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the file of images in it; READING.md shows how "
+                         "to make one of pictures")
     read = {".npz": read_npz, ".npy": read_npy}.get(path.suffix, read_idx)
     images, labels = read(path)
     if not (images.dtype == np.uint8 and images.ndim in (3, 4) and images.size

@@ -132,6 +132,8 @@ def test_a_file_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "a.npz", images=np.zeros((99, 99, 99), np.uint8))
     (tmp_path / "b").write_bytes(idx(IMAGES))
     monkeypatch.setattr(files, "LARGEST", 400)
+    with pytest.raises(ValueError, match="is a folder: name the file of images in it; READING"):
+        files.load(tmp_path)
     for name in ("a.npz", "b"):
         with pytest.raises(ValueError, match="too large: save the images.* as .npy"):
             files.load(tmp_path / name)
