@@ -30,7 +30,9 @@ def check(settings):
     for rule in fields(settings):
         value, of = getattr(settings, rule.name), kind(rule.default)
         low, high, choices = map(rule.metadata.get, ("low", "high", "choices"))
-        parts = value if isinstance(rule.default, tuple) and type(value) is tuple else [value]
+        parts = (value,)
+        if isinstance(rule.default, tuple):
+            parts = value if type(value) is tuple and value else (None,)
         if (value is None and rule.default is None) or all(
                 type(part) is of and (low is None or low <= part <= high)
                 and (choices is None or part in choices) for part in parts):

@@ -100,6 +100,8 @@ def test_what_the_format_forbids_is_refused(body, says, tmp_path):
     ({"conv_in.bias": torch.ones(9)}, {}, "conv_in.bias"), ({}, dict(channel_mult=(64,)), "size"),
     ({}, dict(model_channels=2**40), "--model-channels must be 4 .. 4096"),
     ({}, dict(num_groups=4.0), "--num-groups must be"), ({}, dict(new=1), "setting new is left"),
+    ({}, dict(attention_resolutions=0), "--attention-resolutions must be"),
+    ({}, dict(lr=(0.1,)), "--lr must be"), ({}, dict(channel_mult=()), "--channel-mult must be"),
     ({}, dict(T=None), "--T must be"), ({}, dict(dropout=float("nan")), "--dropout must be"),
     ({}, dict(image_shape=()), "channels, height and width")])
 def test_a_network_is_the_one_that_its_settings_describe(tensors, settings_, says, tmp_path):
