@@ -269,6 +269,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"new" and link.is_symlink() and len(list(tmp_path.iterdir())) == 2
     with pytest.raises(IsADirectoryError), pictures.atomic_write(tmp_path):
         pass
+    gone = tmp_path / "gone" / "a"
+    with pytest.raises(OSError) as caught, pictures.atomic_write(gone):
+        gone.with_name(".a.part").unlink()                                   # by someone else
+    assert caught.value.filename == str(gone)
     (tmp_path / "null").symlink_to(os.devnull)
     with pictures.atomic_write(tmp_path / "null") as file:
         file.write(b"gone")

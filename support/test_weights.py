@@ -103,7 +103,7 @@ def test_what_the_format_forbids_is_refused(body, says, tmp_path):
     ({}, dict(attention_resolutions=0), "--attention-resolutions must be"),
     ({}, dict(lr=(0.1,)), "--lr must be"), ({}, dict(channel_mult=()), "--channel-mult must be"),
     ({}, dict(T=None), "--T must be"), ({}, dict(dropout=float("nan")), "--dropout must be"),
-    ({}, dict(image_shape=()), "channels, height and width")])
+    ({}, dict(image_shape=(1,)), "channels, height and width")])
 def test_a_network_is_the_one_that_its_settings_describe(tensors, settings_, says, tmp_path):
     """Weights: what differs is refused by its name, and nothing is built that is larger than the
     file.
