@@ -495,6 +495,7 @@ def test_the_network_that_ships_is_shown_but_not_measured_on_what_it_has_seen(ca
     status, text, errors = call(evaluate, "--weights", sample.SHIPPED, "--device", "cpu")
     assert status == 0 and not errors and "no bound: " in text and "--data" in text
     assert text.count("0.000") == 10 and decoded(Path("out/perfect.png"))[0].std() > 30
+    assert "drawn: out/perfect.png: the perfect network's, the nearest training images" in text
 
 
 # ── Errors ────────────────────────────────────────────────────────────────────────────────────────

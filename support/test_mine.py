@@ -35,7 +35,8 @@ def written():
 
 def proofs(name):
     """Each proof that names the function, with each set of its parameters."""
-    word = re.compile(rf"\b{name.split('.')[0]}\b")
+    first = name.split(".")[0]
+    word = re.compile(rf"\b{first}\b|small_{first.lower()}\b")
     for test in PROOFS.values():
         sets = [mark.args for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
         names = [words.split(", ") for words, *_ in sets]
