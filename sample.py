@@ -37,6 +37,9 @@ def algorithm_2(step: Callable, T: int, noise: Callable) -> Iterator[tuple]:
     """x_T, x_{T−1}, …, x_0, each with the x̂_0 predicted on the way             Algorithm 2, N4, N8
 
     step(x_t, t, z, x̂_0 of the step before) → (x_{t−1}, x̂_0).  noise() → a fresh ε ~ N(0, I).
+    >>> halved = algorithm_2(lambda x_t, t, z, _: (x_t / 2 + z, None), 2, lambda: torch.ones(1))
+    >>> [x_t.item() for x_t, _ in halved]
+    [1.0, 1.5, 0.75]
     """
     x_t, x0_hat = noise(), None                                 # 1: x_T ~ N(0, I)
     yield x_t, x0_hat
@@ -73,6 +76,8 @@ def ddpm_step(x_t, t, eps, z, schedule, variance="beta"):
     """x_{t−1} = (x_t − β_t/√(1−ᾱ_t) ε_θ)/√α_t + σ_t z             Algorithm 2, Ho (1, 11), N8, V6
 
     variance: σ_t² is β_t ("beta") or β̃_t ("beta_tilde").
+    >>> ddpm_step(1.0, 2, 0.5, 1.0, on_device(schedule_of([0.5, 0.5]), "cpu")).item()
+    1.713072
     """
     beta, alpha = schedule.beta[t], schedule.alpha[t]
     sigma2 = beta if variance == "beta" else beta_tilde(t, schedule)
@@ -85,6 +90,8 @@ def ddim_step(x_t, t, x0, z, schedule, eta=0.0):
 
     σ² = η² β̃_t: η = 0 adds no noise, η = 1 is Ho (6, 7).  ε_θ is that of x0, by Ho (15).
     Song's α_t is Ho's ᾱ_t.
+    >>> ddim_step(1.0, 2, 0.5, 9.0, on_device(schedule_of([0.5, 0.5]), "cpu")).item()
+    0.965926
     """
     sigma2 = eta ** 2 * beta_tilde(t, schedule)
     rest = (schedule.one_minus_alpha_bar[t - 1] - sigma2).clamp(min=0)     # rounding can go below 0
@@ -101,6 +108,8 @@ def dpm_step(x_t, t, x0, x0_prev, z, schedule, eta=0.0):
     gives the solver's SDE form.
     D = x̂_0 where λ is infinite or x̂_0 has no predecessor: in the first step, in the last, and
     after ᾱ = 0 in float32.
+    >>> dpm_step(1.0, 2, 0.5, 0.25, 9.0, on_device(schedule_of([0.5, 0.5, 0.5]), "cpu")).item()
+    1.0
     """
     if x0_prev is None or t == 1 or schedule.alpha_bar[t + 1] == 0:
         return ddim_step(x_t, t, x0, z, schedule, eta)
@@ -117,6 +126,8 @@ def guided(net: Callable, x_t: Tensor, t: Tensor, label: Tensor, scale: float, n
 
     Line 3 of their Algorithm 2, on both predictions at once.  null: the label that means "none".
     s = 0 ignores the label, s = 1 follows it, s > 1 exaggerates it: s = 1 + w of their (6).
+    >>> guided(lambda x_t, t, label: label, torch.ones(1), torch.ones(1), torch.tensor([3]), 2, 4)
+    tensor([2])
     """
     nothing = torch.full_like(label, null)
     if scale in (0, 1):
@@ -135,6 +146,10 @@ def completed(step: Callable, known: Tensor, project: Callable, schedule: Schedu
     resample > 1 goes back to x_t by Ho (2) and steps again, so that known and drawn parts agree:
     RePaint's Algorithm 1 with jump length 1; we read ᾱ_{t−1}, √(1−ᾱ_{t−1}) in its line 5 and β_t in
     line 10, as its own code does.
+    >>> image, schedule = torch.ones(1, 1, 1, 1), on_device(schedule_of([0.5]), "cpu")
+    >>> step = completed(lambda x_t, *_: (x_t, None), image, lambda x: x, schedule, lambda: image)
+    >>> step(7 * image, 1, 0, None)[0].item()                              # at t = 1 all is known
+    1.0
     """
     def complete(x_t, t, z, x0_prev):
         for u in range(1, resample + 1):

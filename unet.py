@@ -36,6 +36,8 @@ def time_embedding(t: Tensor, width: int) -> Tensor:
 
     k = 0 .. width/2 − 1;  t: (B,), in 1..T → (B, width) float32.  As in Ho's code; Vaswani et al.
     (2017) have k/(width/2), and a sine and a cosine in turn.
+    >>> time_embedding(torch.tensor([1]), 4)
+    tensor([[8.4147e-01, 1.0000e-04, 5.4030e-01, 1.0000e+00]])
     """
     k = torch.arange(width // 2, device=t.device)
     omega = torch.exp(-k * math.log(10_000) / (width // 2 - 1))
@@ -60,6 +62,8 @@ class Attention(nn.Module):
     """x + proj(softmax(Q Kᵀ/√C) V)                                                  Ho appendix B
 
     One head: every pixel attends to every pixel.
+    >>> Attention(8, groups=2)(torch.ones(1, 8, 2, 3)).shape
+    torch.Size([1, 8, 2, 3])
     """
 
     def __init__(self, channels: int, groups: int):
@@ -80,6 +84,8 @@ class Block(nn.Module):
     """shortcut(x) + conv2(drop(act(norm2(conv1(act(norm1(x))) + time(act(temb))))))   Ho appendix B
 
     Then attention, at some levels.
+    >>> Block(8, 16, 32, 2, 0.0, attention=True)(torch.ones(1, 8, 2, 3), torch.ones(1, 32)).shape
+    torch.Size([1, 16, 2, 3])
     """
 
     def __init__(self, c_in: int, c_out: int, c_time: int, groups: int, dropout: float,
@@ -105,6 +111,8 @@ class Downsample(nn.Module):
     """Halve the image: conv3 with stride 2                                           Ho appendix B
 
     Padded on the right and at the bottom only.
+    >>> Downsample(8)(torch.ones(1, 8, 4, 6), None).shape
+    torch.Size([1, 8, 2, 3])
     """
 
     def __init__(self, channels: int):
@@ -116,7 +124,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the image: each pixel becomes 2 x 2, then conv3                       Ho appendix B"""
+    """Double the image: each pixel becomes 2 x 2, then conv3                       Ho appendix B
+
+    >>> Upsample(8)(torch.ones(1, 8, 2, 3), None).shape
+    torch.Size([1, 8, 4, 6])
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -131,6 +143,9 @@ class UNet(nn.Module):
 
     x_t: (B, C, H, W) in [-1, 1] plus noise;  t: (B,), in 1..T;  label: (B,), in 0..num_classes, or
     None for no label → the noise (B, C, H, W).  Raises ValueError for sizes that do not fit.
+    >>> net = UNet(Architecture((1, 8, 8), 8, (1, 2), num_groups=4))
+    >>> net(torch.ones(1, 1, 8, 8), torch.tensor([1])).abs().sum().item()     # untrained: no noise
+    0.0
     """
 
     def __init__(self, architecture: Architecture = Architecture()):
