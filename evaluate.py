@@ -99,7 +99,7 @@ def print_bound(net, config: Config, images: np.ndarray, labels: np.ndarray | No
 # ── The best network that there can be, and copies ────────────────────────────────────────────────
 
 def least_loss(images: np.ndarray, labels: np.ndarray | None, config: Config,
-               draws: int = 400) -> tuple[float, int]:
+               draws: int = 1000) -> tuple[float, int]:
     """min over all ε_θ of L_simple on these images, that of best_x0, and of how many of them. score
 
     images: (N, H, W, C) uint8, of which at most 10,000 training images are taken, and no more than
