@@ -110,7 +110,7 @@ def least_loss(images: np.ndarray, labels: np.ndarray | None, config: Config,
     schedule, pixels = schedule_from(config), images[0].size
     rng = np.random.default_rng(config.seed)
     chosen = split(len(images))[0][:min(10_000, max(2, 2 ** 24 // pixels))]
-    draws = min(draws, max(4, 2 ** 25 // pixels))
+    draws = min(draws, max(4, 2 ** 22 // pixels))
     x = to_pixels(images[chosen]).reshape(len(chosen), -1)
     t = 1 + np.arange(draws) * schedule.T // draws
     i, dropped = rng.integers(len(x), size=draws), rng.random(draws) < config.p_uncond
