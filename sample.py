@@ -192,7 +192,8 @@ def generate(net: UNet, config: Config, sampling: Sampling, indices: range, labe
 
 
 def draw_images(net: UNet, config: Config, sampling: Sampling, labels: np.ndarray | None = None,
-         known: Tensor | None = None, progress: Callable = lambda *_: None) -> list[np.ndarray]:
+                known: Tensor | None = None,
+                progress: Callable = lambda *_: None) -> list[np.ndarray]:
     """A list of frames, one unless animated, each sampling.n images (n, H, W, C), uint8.
 
     In an animation each image is x_t, and below it the x̂_0 predicted on the way there.

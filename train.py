@@ -26,7 +26,7 @@ from support.devices import (SharedGenerator, autocast, over_all, precision, pro
                              start_processes)
 from support.forward import on_device, q_sample, schedule_from
 from support.pictures import image_grid, write_png
-from support.run import CHECKPOINT, NETWORK, Run, open_run
+from support.run import CHECKPOINT, NETWORK, Run, last_good, open_run
 from unet import parameters
 
 LOG_EVERY = 10              # steps: to read the loss is to wait for the device
@@ -150,8 +150,7 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
             continue
         mean = over_all(torch.stack(losses).mean(), run.device).item() / world
         if not np.isfinite(mean):
-            raise ValueError(f"the loss is {mean} at step {run.step}; the last checkpoint in "
-                             f"{folder}, if there is one, is sound")
+            raise ValueError(f"the loss is {mean} at step {run.step}{last_good(folder)}")
         run.log.append((run.step, mean))
         losses.clear()
         if rank == 0:

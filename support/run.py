@@ -93,6 +93,7 @@ class Run:
 
 
 def last_good(folder: Path) -> str:
+    """The end of a message that a run had to stop: the checkpoint that is left, if any."""
     path = folder / CHECKPOINT
     return f"; {path} is of an earlier step" if path.exists() else ""
 
