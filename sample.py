@@ -6,6 +6,7 @@ PyTorch, batched, on any device; test_math.py holds each step against the NumPy 
 network that ships.  `python sample.py --sampler dpm --steps 20` does so in two seconds.
 """
 import math
+import os
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -106,15 +107,15 @@ def dpm_step(x_t, t, x0, x0_prev, z, schedule, eta=0.0):
     r = h_prev/h, and from the two latest x̂_0 D = (1 + 1/(2r)) x̂_0 − 1/(2r) x̂_0 prev: x̂_0
     extrapolated by half a step.  This is DDIM's step for η = 0 with D in place of x̂_0, and η = 1
     gives the solver's SDE form.
-    D = x̂_0 where λ is infinite or x̂_0 has no predecessor: in the first step, in the last, and
-    after ᾱ = 0 in float32.
+    D = x̂_0 in the first step, where x̂_0 has no predecessor, in the last, where h is infinite, and
+    after ᾱ = 0 in float32, where h_prev is.
     >>> dpm_step(1.0, 2, 0.5, 0.25, 9.0, on_device(schedule_of([0.5, 0.5, 0.5]), "cpu")).item()
     1.0
     """
-    if x0_prev is None or t == 1 or schedule.alpha_bar[t + 1] == 0:
+    if x0_prev is None or t == 1:
         return ddim_step(x_t, t, x0, z, schedule, eta)
     ahead, now, past = (snr(i, schedule).log() / 2 for i in (t - 1, t, t + 1))             # λ
-    r = (now - past) / (ahead - now)
+    r = ((now - past) / (ahead - now)).nan_to_num(math.inf, math.inf)      # ∞ − ∞ counts as ∞ too
     D = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_prev
     return ddim_step(x_t, t, D, z, schedule, eta)
 
@@ -246,7 +247,7 @@ def main():
         labels = None if labels is None else labels.repeat(COMPLETIONS)
         sampling = replace(sampling, n=len(known))
     print(f"{path} on {device}: {sampling.sampler}, {min(config.T, sampling.steps)} steps")
-    with atomic_write(out) as file:
+    with atomic_write(os.path.realpath(out)) as file:            # follows links
         frames = draw_images(net, config, sampling, labels, known, Progress(sampling.n))
         if out.suffix == ".npz":
             arrays = dict(images=frames[-1] if frames[-1].shape[3] == 3 else frames[-1][..., 0])

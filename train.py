@@ -4,7 +4,6 @@
 other images, `--resume` continues a stopped run, `torchrun --nproc_per_node=N train.py` uses N
 devices.
 """
-import os
 from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -26,7 +25,7 @@ from support.devices import (SharedGenerator, autocast, over_all, precision, pro
                              start_processes)
 from support.forward import on_device, q_sample, schedule_from
 from support.pictures import image_grid, write_png
-from support.run import CHECKPOINT, NETWORK, Run, last_good, open_run
+from support.run import CHECKPOINT, NETWORK, Run, alone_in, last_good, open_run
 from unet import parameters
 
 LOG_EVERY = 10              # steps: to read the loss is to wait for the device
@@ -138,7 +137,8 @@ def predictor(run: Run, compile: bool) -> Callable:
 def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
           compile: bool = False) -> int:
     """Take steps until all are done, or a signal asks to stop; returns that signal, or 0."""
-    config, (rank, world), signals, losses = run.config, processes(), stop_signals(), []
+    config, (rank, world), signals, losses = run.config, processes(), [], []
+    on_stop(signals.append)
     progress = Progress(config.steps, run.step, config.batch)
     save_every = LOG_EVERY * max(1, min(config.steps // 5, 5000) // LOG_EVERY)
     schedule = on_device(schedule_from(config), run.device)
@@ -153,11 +153,10 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
             raise ValueError(f"the loss is {mean} at step {run.step}{last_good(folder)}")
         run.log.append((run.step, mean))
         losses.clear()
-        if rank == 0:
-            try:
-                progress(run.step, f"step {run.step} of {config.steps} · loss {mean:.4f}")
-            except OSError:                          # nobody reads any more: a stop like Ctrl-C
-                signals.append(SIGPIPE)
+        try:
+            progress(run.step, f"step {run.step} of {config.steps} · loss {mean:.4f}")
+        except OSError:                              # nobody reads any more: a stop like Ctrl-C
+            signals.append(SIGPIPE)
         # a signal to one process stops all, at the same step
         stop = 0 if done else int(over_all(max(signals, default=0), run.device, largest=True))
         if done or stop or run.step % save_every == 0:
@@ -166,18 +165,6 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
                 draw_samples(run, folder / f"step-{run.step:06}.png")
         if done or stop:
             return stop
-
-
-def stop_signals() -> list[int]:
-    """A list, empty until a signal asks to stop; a second one ends the process at once."""
-    asked = []
-
-    def ask(number, frame):
-        if asked:
-            os._exit(128 + number)
-        asked.append(number)
-    on_stop(ask)
-    return asked
 
 
 def draw_samples(run: Run, path: Path):
@@ -233,14 +220,15 @@ def main():
     compile, deterministic = (named.pop(name, False) for name in ("compile", "deterministic"))
     device = start_processes(named.pop("device", None), deterministic)
     run, images, labels = open_run(out, device, named, resume)
-    if processes()[0] == 0:
+    with alone_in(out):
+        if processes()[0] == 0:
+            run.write_log(out)              # fails now if the folder cannot be written
         announce(run, images, labels)
-        run.write_log(out)                  # fails now if the folder cannot be written
-    stopped = train(run, images, labels, out, compile)
-    if processes()[0] == 0 and stopped:
+        stopped = train(run, images, labels, out, compile)
+    if stopped:
         print(f"\nstopped and saved at step {run.step}; "
               f"to resume: python train.py --resume --out {quote(str(out))}")
-    elif processes()[0] == 0:
+    else:
         print(f"\n{chart(run.log)}\n\ndrawn: {out}/step-{run.step:06}.png\n"
               f"beside it: {CHECKPOINT}, {NETWORK}, log.csv\n"
               f"next: python sample.py --weights {quote(str(out / CHECKPOINT))}")

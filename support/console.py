@@ -1,5 +1,6 @@
 """What a user sees: progress in one line, errors in one line, the loss as a chart."""
 import argparse
+import contextlib
 import io
 import os
 import re
@@ -17,17 +18,23 @@ SIGPIPE = 13                                # Python on Windows has no name for 
 
 
 def on_stop(handle: Callable):
-    """handle(number, frame) handles Ctrl-C, a request to end, and the loss of the terminal."""
+    """handle(number) for Ctrl-C, a request to end, and the loss of the terminal; a second one ends
+    the process at once.
+    """
+    def first(number, frame):
+        on_stop(lambda number: os._exit(128 + number))
+        handle(number)
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)                        # Windows has no SIGHUP,
         if number and signal.getsignal(number) != signal.SIG_IGN:   # and nohup wants it ignored
-            signal.signal(number, handle)
+            signal.signal(number, first)
 
 
-def refuse(message: object, status: int = 2):
-    """One line on stderr, and the end."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(status)
+def refuse(message: object):
+    """One line on stderr, and the end with status 2."""
+    if not int(os.environ.get("LOCAL_RANK", 0)):               # one line for each machine
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def run_script(main: Callable, description: str | None = None):
@@ -38,12 +45,17 @@ def run_script(main: Callable, description: str | None = None):
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")               # for terminals that have no ε
-    on_stop(lambda number, frame: sys.exit(128 + number))
+    on_stop(lambda number: sys.exit(128 + number))
     try:
         if description:
             argparse.ArgumentParser(description=description, formatter_class=argparse.
                                     RawDescriptionHelpFormatter).parse_args()
-        main()
+        with contextlib.ExitStack() as stack:
+            if int(os.environ.get("RANK", 0)):                 # of several processes the first
+                nothing = stack.enter_context(open(os.devnull, "w"))           # speaks for all
+                stack.enter_context(contextlib.redirect_stdout(nothing))
+                stack.enter_context(contextlib.redirect_stderr(nothing))
+            main()
     except BrokenPipeError:                                    # nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + SIGPIPE) from None
@@ -51,6 +63,8 @@ def run_script(main: Callable, description: str | None = None):
         name = getattr(error, "filename", None)
         refuse(f"{name}: {error.strerror}" if name else error)
     except (MemoryError, RuntimeError) as error:               # torch has a RuntimeError for it
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            refuse(f"--compile does not work here: {str(error).splitlines()[0]}")
         if isinstance(error, RuntimeError) and not re.search("alloc|of memory", str(error)):
             raise
         size = re.search(r"allocate ([\d.]+ \w+)", str(error))

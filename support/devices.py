@@ -53,7 +53,7 @@ def autocast(device: torch.device, float32: bool) -> torch.autocast:
 # ── Several processes, started by torchrun ────────────────────────────────────────────────────────
 
 def processes() -> tuple[int, int]:
-    """(rank, world): which of how many processes this is; rank 0 alone writes and prints."""
+    """(rank, world): which of how many processes this is; rank 0 alone writes."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -65,12 +65,16 @@ def start_processes(name: str | None, deterministic: bool) -> torch.device:
         torch.use_deterministic_algorithms(True)
     several = processes()[1] > 1
     if several and name is None:                   # each its own GPU; without GPUs all the CPU
-        name = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if 0 < gpus < here:
+            raise ValueError(f"{here} processes need as many GPUs, and this machine has {gpus}")
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if gpus else "cpu"
     device = choose_device(name)
     if device.type != "cpu" and device.index is not None:
         torch.accelerator.set_device_index(device.index)
     if several:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
         atexit.register(dist.destroy_process_group)
     return device
 

@@ -23,17 +23,19 @@ def to_pictures(x_t) -> np.ndarray:
 def atomic_write(path: str | Path):
     """A binary file that appears at `path` complete or never: written beside, flushed, renamed.
 
-    The name beside it is always the same, so a run replaces what a killed one left.  What is no
-    regular file, such as a pipe, is written to as it is.
+    Links are replaced, not followed.  What is no regular file, such as a pipe, is written to as it
+    is.
     """
-    path = Path(os.path.realpath(path))                                      # links are followed
+    path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder; name a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = path.is_file() or not path.exists()
-    beside = path.with_name(f".{path.name}.part") if plain else path
+    plain = path.is_symlink() or path.is_file() or not path.exists()
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part") if plain else path
     try:
-        with open(beside, "wb") as file:
+        if plain:
+            beside.unlink(missing_ok=True)
+        with open(beside, "xb" if plain else "wb") as file:
             yield file
             file.flush()
             if plain:

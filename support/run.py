@@ -1,6 +1,8 @@
 """A training run: begun, saved, and resumed exactly."""
+import contextlib
 import copy
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,6 +17,11 @@ from support.muon import optimizers
 from support.pictures import atomic_write
 from support.weights import config_from, read_tensors, write_tensors
 from unet import UNet
+
+try:
+    import fcntl
+except ImportError:                         # Windows
+    fcntl = None
 
 CHECKPOINT, NETWORK = "checkpoint.safetensors", "network.safetensors"
 
@@ -61,7 +68,7 @@ class Run:
                     if tensor.shape != found[name].shape:
                         raise ValueError(f"{name} is of shape {tuple(found[name].shape)}")
                     tensor.copy_(found[name])
-            if metadata.get("device") != self.device.type and processes()[0] == 0:
+            if metadata.get("device") != self.device.type:
                 print(f"begun on {metadata.get('device')}: on {self.device.type} the random "
                       "numbers are others from here on")
             self.step = int(metadata["step"])
@@ -87,9 +94,31 @@ class Run:
                     device=self.device.type))
 
     def write_log(self, folder: Path):
+        rows = [f"{step},{loss}\n" for step, loss in self.log]
         with atomic_write(folder / "log.csv") as file:
-            rows = [f"{step},{loss}\n" for step, loss in self.log]
             file.write("".join(["step,loss\n", *rows]).encode())
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path):
+    """No other run may work in the folder.  Raises ValueError if one does.
+
+    The system takes the lock away with the process, however that ends.
+    """
+    with contextlib.ExitStack() as stack:
+        if fcntl and processes()[0] == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:                           # some file systems have no locks
+                if isinstance(error, BlockingIOError):
+                    raise ValueError(f"another run is at work in {folder}: wait for its end, or "
+                                     "name another folder with --out") from None
+            for left in folder.glob(".*.safetensors.*.part"):  # by a run that was killed
+                left.unlink()
+        yield
 
 
 def last_good(folder: Path) -> str:

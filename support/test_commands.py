@@ -558,8 +558,19 @@ def test_too_little_memory_is_one_line(error, says, call, monkeypatch):
     assert status == 2 and says in errors and errors.count("\n") == 1
 
 
-def test_a_bug_keeps_its_trace():
-    """Errors: what the user cannot mend is not hidden, a RuntimeError of another kind included."""
+def test_compile_is_used_and_without_a_compiler_refused(coloured, call, monkeypatch):
+    """--compile: the network is compiled; where that fails, one line says why."""
+    failure = type("E", (RuntimeError,), dict(__module__="torch._inductor.exc"))("no g++\n\nSet …")
+    monkeypatch.setattr(torch, "compile", lambda net: Mock(side_effect=failure))
+    status, _, errors = call(train, "--data", coloured, "--steps", 1, "--compile", *SMALL)
+    assert (status, errors) == (2, "train.py: --compile does not work here: no g++\n")
+
+
+def test_a_bug_keeps_its_trace(monkeypatch):
+    """Errors: what the user cannot mend is not hidden, a RuntimeError of another kind included, nor
+    is it in any of several processes.
+    """
+    monkeypatch.setenv("RANK", "1")
     for error in (RuntimeError("unsupported memory format"), TypeError("no"), KeyError("x")):
         def main():
             raise error

@@ -254,27 +254,27 @@ def test_a_png_holds_its_pixels(shape, tmp_path):
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     """Files: a failure keeps what was there, leaves nothing beside it, names the file; a link is
-    followed; what a killed run left is replaced; what is no regular file stays what it is.
+    replaced, and what it led to stays; what is no regular file stays what it is.
     """
-    path, link = tmp_path / "a.txt", tmp_path / "link.txt"
+    path, link, beside = tmp_path / "a.txt", tmp_path / "link.txt", f".{os.getpid()}.part"
     path.write_bytes(b"old")
     link.symlink_to(path)
-    (tmp_path / ".a.txt.part").write_bytes(b"of a killed run")
+    (tmp_path / f".link.txt{beside}").symlink_to(path)                   # in a stranger's folder
     with pytest.raises(OSError) as caught, pictures.atomic_write(path) as file:
         file.write(b"new")
         raise OSError(28, "No space left on device")
     assert caught.value.filename == str(path) and path.read_bytes() == b"old"
     with pictures.atomic_write(link) as file:
         file.write(b"new")
-    assert path.read_bytes() == b"new" and link.is_symlink() and len(list(tmp_path.iterdir())) == 2
+    assert (path.read_bytes(), link.read_bytes(), link.is_symlink()) == (b"old", b"new", False)
+    assert {*tmp_path.iterdir()} == {path, link}
     with pytest.raises(IsADirectoryError), pictures.atomic_write(tmp_path):
         pass
     gone = tmp_path / "gone" / "a"
     with pytest.raises(OSError) as caught, pictures.atomic_write(gone):
-        gone.with_name(".a.part").unlink()                                   # by someone else
+        gone.with_name(f".a{beside}").unlink()                               # by someone else
     assert caught.value.filename == str(gone)
-    (tmp_path / "null").symlink_to(os.devnull)
-    with pictures.atomic_write(tmp_path / "null") as file:
+    with pictures.atomic_write(os.devnull) as file:
         file.write(b"gone")
     assert not Path(os.devnull).is_file()
     with pictures.atomic_write(tmp_path / "new/folder/b.txt") as file:

@@ -1,5 +1,6 @@
 """The network against plain formulas and independent figures, and the optimizers."""
 import math
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import nn
 from support.config import PRESETS, Config
 from support.muon import Muon, optimizers
 from support.weights import their_names
-from test_math import SMALL, Linear, batch_of, near32, small_unet
+from test_math import DEVICES, SMALL, Linear, batch_of, near32, small_unet
 from train import learning_rate, optimizer_step, update_ema
 from unet import (Architecture, Attention, Block, Downsample, Norm, UNet, Upsample, parameters,
                   time_embedding)
@@ -127,6 +128,46 @@ def test_norms_of_bfloat16_have_exact_sums(groups):
              / (grouped.var(2, correction=0, keepdim=True) + 1e-6).sqrt()).reshape(x.shape)
     assert found.dtype == torch.bfloat16
     np.testing.assert_allclose(found.detach().double(), exact, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_gradients_are_the_plain_ones(device):
+    """--compile: in bfloat16 every gradient of a block, those of the biases included, is float32's
+    to 5% of its norm, as without the compiler.  On the CPU only with COMPILE=1: half a minute.
+    """
+    if device == "mps" or device == "cpu" and "COMPILE" not in os.environ:
+        pytest.skip("no compiler, or too slow a one")
+    torch.manual_seed(0)
+    block = Block(32, 64, 32, 4, 0.0, attention=True).to(device)
+    (_, x), (_, temb), (_, target) = (batch_of(i, *shape, device=device) for i, shape in
+                                      enumerate([(8, 32, 8, 8), (8, 32), (8, 64, 8, 8)]))
+
+    def gradients(block, bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+            loss = (block(x.contiguous(memory_format=torch.channels_last), temb) - target).square()
+        return torch.autograd.grad(loss.mean(), weights)
+    weights = [x.requires_grad_(), *block.parameters()]        # x too, as in the network
+    exact = gradients(block, False)
+    for each in (block, torch.compile(block)):
+        for found, g in zip(gradients(each, True), exact, strict=True):
+            assert (found - g).norm() < 0.05 * g.norm() + 1e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_channels_last_is_only_an_order_in_memory(device):
+    """EMA, clipping, "is it finite": of channels-last weights and gradients what NumPy says."""
+    (w, p), (v, q), (g, grad) = (batch_of(seed, 6, 5, 3, 3, device=device) for seed in range(3))
+    net, ema = nn.Conv2d(5, 6, 3, bias=False), nn.Conv2d(5, 6, 3, bias=False)
+    for module, values in ((net, p), (ema, q)):
+        module.weight = nn.Parameter(values.contiguous(memory_format=torch.channels_last))
+    net.weight.grad = grad.contiguous(memory_format=torch.channels_last)
+    update_ema(ema, net, step=500, decay=0.75)
+    near32(ema.weight, 0.75 * v + 0.25 * w)
+    nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+    near32(net.weight.grad, g * 0.5 / np.linalg.norm(g))
+    assert torch.isfinite(net.weight).all()
+    net.weight.data[5, 4, 2, 1] = math.nan
+    assert not torch.isfinite(net.weight).all()
 
 
 def test_downsampling_pads_right_and_bottom_only():

@@ -23,8 +23,9 @@ import train
 from conftest import TINY
 from support import data as files
 from support.config import Config
+from support.console import on_stop
 from support.pictures import atomic_write
-from support.run import Run, open_run
+from support.run import Run, alone_in, open_run
 from support.weights import read_tensors, write_tensors
 
 ROOT, CPU = Path(__file__).resolve().parents[1], torch.device("cpu")
@@ -122,7 +123,7 @@ def test_a_killed_run_leaves_a_whole_checkpoint(tiny, call, tmp_path):
             path.unlink()
             steps.append(0)
     assert max(steps) >= 30 or "KILLS" in os.environ
-    half_written = path.with_name(".checkpoint.safetensors.part")            # what a kill can leave
+    half_written = path.with_name(".checkpoint.safetensors.1.part")          # what a kill can leave
     half_written.write_bytes(b"half")
     more = ["--resume"] if path.exists() else [*TINY, "--data", tiny]
     assert call(train, *more, "--steps", steps[-1] + 1, "--out", "run", "--device", "cpu")[0] == 0
@@ -165,6 +166,22 @@ def test_a_run_goes_on_further_elsewhere_and_with_moved_data(trained, tiny, call
     assert step_of("run") == 102 and Path("run/log.csv").read_text().count("\n") == 12
 
 
+def test_a_folder_has_one_run_at_a_time(trained, call):
+    """Two runs: where one is at work, no other begins or goes on; a link among its files is
+    replaced, and what it leads to stays.
+    """
+    before = (trained[0] / "checkpoint.safetensors").read_bytes()
+    Path("run").mkdir(), Path("elsewhere").write_bytes(before)
+    Path("run/checkpoint.safetensors").symlink_to("../elsewhere")
+    argv = ["--resume", "--out", "run", "--steps", 110, "--device", "cpu"]
+    with alone_in(Path("run")):
+        status, text, errors = call(train, *argv)
+    assert status == 2 and "another run is at work in run: wait" in errors and not text
+    assert [*Path("run").iterdir()] == [Path("run/checkpoint.safetensors")]
+    assert call(train, *argv)[0] == 0 and Path("elsewhere").read_bytes() == before
+    assert step_of("run") == 110
+
+
 def test_a_second_signal_ends_at_once(monkeypatch):
     """Signals: the first asks for an orderly stop, the second does not wait for it; what nohup has
     ignored stays ignored.
@@ -174,7 +191,8 @@ def test_a_second_signal_ends_at_once(monkeypatch):
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         monkeypatch.setattr(os, "_exit", ended.append)
-        asked = train.stop_signals()
+        asked = []
+        on_stop(asked.append)
         signal.raise_signal(signal.SIGHUP), signal.raise_signal(signal.SIGINT)
         assert asked == [signal.SIGINT] and not ended
         signal.raise_signal(signal.SIGTERM)
@@ -243,8 +261,10 @@ def test_two_processes_are_one(tiny, call, tmp_path):
         open_run(Path("three"), CPU, dict(data=str(tiny), batch=16), resume=False)
 
 
-def test_the_second_process_saves_and_draws_nothing_and_drops_others(tmp_path, monkeypatch):
-    """Many devices: rank 1 writes no file, and its dropout is another than rank 0's."""
+def test_the_second_process_saves_and_says_nothing_and_drops_others(call, tmp_path, monkeypatch):
+    """Many devices: rank 1 writes no file and repeats no refusal, and its dropout is another than
+    rank 0's.
+    """
     run, masks = Run(Config(image_shape=(1, 8, 8)), CPU), []
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
@@ -252,6 +272,8 @@ def test_the_second_process_saves_and_draws_nothing_and_drops_others(tmp_path, m
         masks.append(torch.rand(9))
     run.save(tmp_path / "out")
     assert not (tmp_path / "out").exists() and not torch.equal(*masks)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert call(train, "--T", "x") == call(train, "--T", 0) == (2, "", "")
 
 
 @settings(max_examples=int(os.environ.get("TRIES", 150)) // 5)
