@@ -4,6 +4,7 @@
 training images, and with yours, from the same noise; it prints the three terms of the bound for
 held-out images, and how near what is drawn comes to the images of the training.
 """
+import copy
 from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import replace
@@ -154,12 +155,13 @@ def draw_perfectly(net, config: Config, images: np.ndarray, labels: np.ndarray |
     """Ten images of the perfect network, the training images nearest to them, and ten of ours: from
     the same x_T and z, with the same labels.
     """
+    net = copy.deepcopy(net).cpu()                      # NumPy computes the perfect network's ε
     schedule, x = schedule_from(config), to_pixels(images.transpose(0, 3, 1, 2))
     label = np.arange(10) % config.num_classes if config.num_classes else None
     known = [x] * 10 if label is None else [x[labels == c] for c in label]
 
     def perfect(x_t, t, label=None):
-        noisy, t = x_t.cpu().double().numpy(), int(t[0])
+        noisy, t = x_t.double().numpy(), int(t[0])
         x0 = np.concatenate([posterior.best_x0(noisy[k:k + 1], t, known[k], schedule)
                              for k in range(10)])
         return torch.from_numpy(ddpm.eps_from_x0(noisy, t, x0, schedule)).to(x_t)

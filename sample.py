@@ -21,7 +21,7 @@ from posterior import beta_tilde
 from support.config import Config, Sampling, add_options, given
 from support.console import Progress, run_script
 from support.data import DIGITS, held_out_images, to_batch
-from support.devices import autocast, choose_device
+from support.devices import autocast, choose_device, graphed
 from support.drawing import image_noise, labels_for, projection
 from support.forward import eps_from_x0, on_device, q_sample, schedule_from, x0_from_eps
 from support.pictures import atomic_write, encode_png, image_grid, to_pictures
@@ -178,12 +178,15 @@ def generate(net: UNet, config: Config, sampling: Sampling, indices: range, labe
     noise = image_noise(sampling.seed, indices, config.image_shape, device)
     label = None if label is None else torch.as_tensor(label, device=device)
 
-    def eps_theta(x_t, t):
-        t_net = torch.full((len(x_t),), int(tau[t]), device=device)
+    def predict(x_t, t_net):
         with autocast(device, config.float32):
             if label is None:
                 return net(x_t, t_net)
             return guided(net, x_t, t_net, label, sampling.guidance, config.num_classes)
+    predict = graphed(predict, device, len(indices), config)
+
+    def eps_theta(x_t, t):
+        return predict(x_t, torch.full((len(x_t),), int(tau[t]), device=device))
 
     step = sampler_step(eps_theta, schedule, sampling)
     if sampling.keep:

@@ -21,8 +21,8 @@ from sample import draw_images
 from support.config import PRESETS, Config, Sampling, add_options, given
 from support.console import SIGPIPE, Progress, chart, on_stop, run_script
 from support.data import split, to_batch, to_pixels
-from support.devices import (SharedGenerator, autocast, over_all, precision, processes, seed_from,
-                             start_processes)
+from support.devices import (SharedGenerator, autocast, graphed, over_all, precision, processes,
+                             seed_from, start_processes)
 from support.forward import on_device, q_sample, schedule_from
 from support.pictures import image_grid, write_png
 from support.run import CHECKPOINT, NETWORK, Run, alone_in, last_good, open_run
@@ -87,8 +87,7 @@ def update_ema(ema: nn.Module, net: nn.Module, step: int, decay: float):
     decay of 0.999, the average is over about the latest tenth of the steps.
     """
     d = min(decay, (1 + step) / (10 + step))
-    for average, parameter in zip(ema.parameters(), net.parameters()):
-        average.lerp_(parameter, 1 - d)
+    torch._foreach_lerp_([*ema.parameters()], [*net.parameters()], 1 - d)
 
 
 def batches(images: np.ndarray, labels: np.ndarray | None, config: Config,
@@ -125,12 +124,16 @@ def batches(images: np.ndarray, labels: np.ndarray | None, config: Config,
 
 def predictor(run: Run, compile: bool) -> Callable:
     """eps_theta(x_t, t, label): the run's network; several processes average its gradients."""
-    net = nn.parallel.DistributedDataParallel(run.net) if processes()[1] > 1 else run.net
+    net, config = run.net, run.config
+    if processes()[1] > 1:
+        net = nn.parallel.DistributedDataParallel(net)
+    elif not compile:
+        net = graphed(net, run.device, config.batch, config, config.num_classes > 0)
     net = torch.compile(net) if compile else net
 
     def eps_theta(x_t, t, label):
-        with autocast(run.device, run.config.float32):
-            return net(x_t, t, label)
+        with autocast(run.device, config.float32):
+            return net(x_t, t) if label is None else net(x_t, t, label)
     return eps_theta
 
 

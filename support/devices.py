@@ -2,6 +2,7 @@
 import atexit
 import ctypes
 import os
+from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
@@ -31,6 +32,8 @@ def choose_device(name: str | None = None) -> torch.device:
                          f"{', '.join({best.type: 0, 'cpu': 0})}") from None
     if device.type == "cpu":
         keep_memory()
+    elif device.index is not None:
+        torch.accelerator.set_device_index(device.index)
     return device
 
 
@@ -46,8 +49,25 @@ def autocast(device: torch.device, float32: bool) -> torch.autocast:
     """Convolutions and matrix products in bfloat16, where `precision` says so."""
     if float32:
         torch.backends.cudnn.allow_tf32 = False         # else a GPU's convolutions keep 10 bits
-    return torch.autocast(device.type, torch.bfloat16,
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=device.type != "cuda",
                           enabled=precision(device, float32) == "bfloat16")
+
+
+def graphed(predict: Callable, device: torch.device, batch: int, config,
+            labelled: bool = False) -> Callable:
+    """predict(x_t, t) or predict(x_t, t, label); on CUDA as one graph, for batches of this size.
+
+    A graph launches its hundreds of small kernels at once: the CPU would be too slow for the GPU.
+    """
+    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        return predict
+    training = torch.is_grad_enabled()
+    with (torch.inference_mode(False), torch.set_grad_enabled(training),
+          autocast(device, config.float32)):
+        x_t = torch.zeros(batch, *config.image_shape, device=device)
+        t, label = (torch.ones(batch, dtype=torch.long, device=device) for _ in range(2))
+        inputs = (x_t, t, label) if labelled else (x_t, t)
+        return torch.cuda.make_graphed_callables(predict, inputs)
 
 
 # ── Several processes, started by torchrun ────────────────────────────────────────────────────────
@@ -59,7 +79,6 @@ def processes() -> tuple[int, int]:
 
 def start_processes(name: str | None, deterministic: bool) -> torch.device:
     """This process's device, ready to train on, together with the others."""
-    torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -70,8 +89,6 @@ def start_processes(name: str | None, deterministic: bool) -> torch.device:
             raise ValueError(f"{here} processes need as many GPUs, and this machine has {gpus}")
         name = f"cuda:{os.environ['LOCAL_RANK']}" if gpus else "cpu"
     device = choose_device(name)
-    if device.type != "cpu" and device.index is not None:
-        torch.accelerator.set_device_index(device.index)
     if several:
         cuda = device.type == "cuda"
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)

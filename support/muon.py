@@ -16,12 +16,12 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            updates = []
-            for p in group["params"]:
-                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                updates.append(p.grad.lerp(buffer, group["momentum"]).flatten(1))      # Nesterov
-            for p, update in zip(group["params"], orthogonal(updates)):
+            params, grads = group["params"], [p.grad for p in group["params"]]
+            buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                       for p in params]
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, buffers, group["momentum"])           # Nesterov
+            for p, update in zip(params, orthogonal([u.flatten(1) for u in updates])):
                 rows, columns = update.shape
                 p.add_(update.reshape(p.shape), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 

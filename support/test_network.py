@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from support.config import PRESETS, Config
+from support.devices import autocast, graphed
 from support.muon import Muon, optimizers
 from support.weights import their_names
 from test_math import DEVICES, SMALL, Linear, batch_of, near32, small_unet
@@ -151,6 +152,37 @@ def test_compiled_gradients_are_the_plain_ones(device):
     for each in (block, torch.compile(block)):
         for found, g in zip(gradients(each, True), exact, strict=True):
             assert (found - g).norm() < 0.05 * g.norm() + 1e-6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs are CUDA's")
+@pytest.mark.parametrize("float32", [True, False])
+def test_a_graph_computes_what_the_network_computes(float32):
+    """CUDA: prediction and gradients of a graph are those of the network, for batch after batch,
+    and in inference mode too.
+    """
+    device, config = torch.device("cuda"), replace(SMALL, float32=float32)
+    plain, net = (small_unet().to(device).train() for _ in range(2))
+    graph = graphed(net, device, 5, config, labelled=True)
+    for seed in range(3):
+        (_, x_t), (_, target) = (batch_of(seed + i, 5, 1, 8, 8, device=device) for i in (0, 9))
+        t, label = torch.tensor([[1, 2, 3, 4, 5], [0, 1, 2, 3, 0]], device=device) + seed % 2
+        found = []
+        for predict, module in ((graph, net), (plain, plain)):
+            module.zero_grad()
+            with autocast(device, float32):
+                eps = predict(x_t, t, label % 4)
+            (eps - target).square().mean().backward()
+            found.append([eps, *[p.grad for p in module.parameters()]])
+        for ours, theirs in zip(*found):
+            assert (ours - theirs).norm() <= 1e-3 * theirs.norm() + 1e-6
+    with torch.inference_mode():
+        with autocast(device, float32):
+            eps = plain(x_t, t)
+
+        def predict(x_t, t):
+            with autocast(device, float32):
+                return plain(x_t, t)
+        near32(graphed(predict, device, 5, config)(x_t, t), eps.cpu().double().numpy())
 
 
 @pytest.mark.parametrize("device", DEVICES)
