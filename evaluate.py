@@ -139,21 +139,10 @@ def nearest(images: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.nd
     return np.sqrt(squared.min(1) / x.shape[1]) / 127.5, squared.argmin(1)
 
 
-def print_copies(net, config: Config, images: np.ndarray, held_out: np.ndarray):
-    """How near drawn images come to those of the training, beside how near held-out ones do."""
-    n = len(held_out)
-    labels = np.arange(n) % config.num_classes if config.num_classes else None
-    drawn = draw_images(net, config, Sampling("dpm", steps=20, n=n, batch=config.batch), labels)[-1]
-    print(f"\nDistance to the nearest of {len(images)} training images, RMS per pixel:")
-    print("                         least   median    (a copy: 0)")
-    for name, shown in (("held-out", held_out), ("drawn", drawn)):
-        distance = nearest(shown, images)[0]
-        print(f"{f'{n} {name} images':22}{distance.min():8.4f} {np.median(distance):8.4f}")
-
-
-def draw_perfectly(net, config: Config, images: np.ndarray, labels: np.ndarray | None):
+def draw_perfectly(net, config: Config, images: np.ndarray, labels: np.ndarray | None,
+                   others: np.ndarray):
     """Ten images of the perfect network, the training images nearest to them, and ten of ours: from
-    the same x_T and z, with the same labels.
+    the same x_T and z, with the same labels.  Prints how near they come, and how near `others` do.
     """
     net = copy.deepcopy(net).cpu()                      # NumPy computes the perfect network's ε
     schedule, x = schedule_from(config), to_pixels(images.transpose(0, 3, 1, 2))
@@ -165,15 +154,15 @@ def draw_perfectly(net, config: Config, images: np.ndarray, labels: np.ndarray |
         x0 = np.concatenate([posterior.best_x0(noisy[k:k + 1], t, known[k], schedule)
                              for k in range(10)])
         return torch.from_numpy(ddpm.eps_from_x0(noisy, t, x0, schedule)).to(x_t)
-    print("Drawn from the same x_T: distance to the nearest training image, RMS per pixel")
-    rows = []
-    for name, forward in (("perfect", perfect), ("ours", net.forward)):
+    print(f"RMS distance per pixel to the nearest of {len(images)} training images (a copy: 0):")
+    rows, sampling = [], Sampling(steps=50, n=10)
+    for name, forward in (("others", None), ("perfect", perfect), ("ours", net.forward)):
         net.forward = forward
-        drawn = draw_images(net, config, Sampling(steps=50, n=10), label)[-1]
+        drawn = draw_images(net, config, sampling, label)[-1] if forward else others
         distance, index = nearest(drawn, images)
-        print(f"{name:8}" + "".join(f"{d:8.3f}" for d in distance))
+        print(f"{name:8}" + "".join(f"{d:7.3f}" for d in distance))
         rows += [drawn, images[index]]
-    write_png("out/perfect.png", image_grid(np.concatenate(rows[:3]), columns=10))
+    write_png("out/perfect.png", image_grid(np.concatenate(rows[2:5]), columns=10))
     print("drawn: out/perfect.png: the perfect network's, the nearest training images, and ours")
 
 
@@ -193,13 +182,12 @@ def main():
     training = split(len(images))[0][:40 * most]
     images, labels = images[training], None if labels is None else labels[training]
     print(f"{path} on {next(net.parameters()).device}")
-    draw_perfectly(net, config, images[:4 * most], None if labels is None else labels[:4 * most])
+    draw_perfectly(net, config, images[:4 * most], None if labels is None else labels[:4 * most],
+                   unseen[0][:10])
     if not seen and chosen.data is None:
         return print(f"no bound: {path} was trained on other images than the digits in assets/: "
                      "name some that it has not seen with --data")
     print_bound(net, config, *unseen)
-    if seen:
-        print_copies(net, config, images, unseen[0][:100])
 
 
 if __name__ == "__main__":

@@ -249,7 +249,8 @@ def main():
         known, columns = known.repeat_interleave(COMPLETIONS, 0), 2 + COMPLETIONS
         labels = None if labels is None else labels.repeat(COMPLETIONS)
         sampling = replace(sampling, n=len(known))
-    print(f"{path} on {device}: {sampling.sampler}, {min(config.T, sampling.steps)} steps")
+    print(f"{path} on {device}: {sampling.sampler}, {min(config.T, sampling.steps)} steps"
+          f"{' (the network has no more)' if sampling.steps > config.T else ''}")
     with atomic_write(os.path.realpath(out)) as file:            # follows links
         frames = draw_images(net, config, sampling, labels, known, Progress(sampling.n))
         if out.suffix == ".npz":

@@ -19,7 +19,7 @@ from ddpm import Schedule, l_simple
 from evaluate import least_loss
 from sample import draw_images
 from support.config import PRESETS, Config, Sampling, add_options, given
-from support.console import SIGPIPE, Progress, chart, on_stop, run_script
+from support.console import SIGPIPE, Progress, on_stop, run_script
 from support.data import split, to_batch, to_pixels
 from support.devices import (SharedGenerator, autocast, graphed, over_all, precision, processes,
                              seed_from, start_processes)
@@ -232,7 +232,7 @@ def main():
         print(f"\nstopped and saved at step {run.step}; "
               f"to resume: python train.py --resume --out {quote(str(out))}")
     else:
-        print(f"\n{chart(run.log)}\n\ndrawn: {out}/step-{run.step:06}.png\n"
+        print(f"\ndrawn: {out}/step-{run.step:06}.png\n"
               f"beside it: {CHECKPOINT}, {NETWORK}, log.csv\n"
               f"next: python sample.py --weights {quote(str(out / CHECKPOINT))}")
     raise SystemExit(128 + stopped if stopped else 0)

@@ -1,4 +1,4 @@
-"""What a user sees: progress in one line, errors in one line, the loss as a chart."""
+"""What a user sees: progress in one line, errors in one line."""
 import argparse
 import contextlib
 import io
@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-
-import numpy as np
 
 SIGPIPE = 13                                # Python on Windows has no name for it
 
@@ -92,14 +90,3 @@ class Progress:
         end = "\n" if done >= self.total or not self.terminal else ""
         width = shutil.get_terminal_size().columns - 1                  # a longer one would wrap
         print(f"\r{text[:width]:<{width}}" if self.terminal else text, end=end, flush=True)
-
-
-def chart(log: list[tuple[int, float]], width: int = 72, height: int = 8) -> str:
-    """The loss along the run, in text, on a logarithmic scale.  log: pairs (step, loss)."""
-    y = np.log10([part.mean() for part in
-                  np.array_split([loss for _, loss in log], min(width, len(log)))])
-    levels = np.linspace(max(y.max(), y.min() + 1e-3), y.min(), height)
-    row = np.abs(y - levels[:, None]).argmin(0)
-    lines = [f"{10 ** level:8.4f} │{''.join('●' if at == k else ' ' for at in row)}"
-             for k, level in enumerate(levels)]
-    return "\n".join([*lines, f"    loss └{'─' * len(y)} step {log[-1][0]}"])

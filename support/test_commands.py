@@ -52,7 +52,7 @@ def test_the_network_that_is_printed_is_the_one_that_is_trained(monkeypatch, cap
 # ── Training ──────────────────────────────────────────────────────────────────────────────────────
 
 def test_training_says_what_it_does_and_the_loss_falls(trained, tiny):
-    """Algorithm 1: what to expect, one line now and then, a chart, the next command; the files."""
+    """Algorithm 1: what to expect, one line now and then, the next command; the files."""
     out, printed, errors = trained
     images, labels = files.load(tiny)
     least, known = evaluate.least_loss(images, labels, config_from(read_tensors(
@@ -61,7 +61,7 @@ def test_training_says_what_it_does_and_the_loss_falls(trained, tiny):
                  "180 of 8x8x1 to train on, 20 held out, 2 labels, pixels 0 .. 239",
                  "linear, T = 20: L_T = 0.00", "1 for a network that predicts no noise; "
                  f"{least:.4f} for the best possible on\n          {known} of these images",
-                 "step 100 of 100 · loss", "images/s", "loss └", "next: python sample.py"):
+                 "step 100 of 100 · loss", "images/s", "next: python sample.py"):
         assert text in printed, text
     assert not errors and "\r" not in printed and known == 180
     rows = [line.split(",") for line in (out / "log.csv").read_text().split()]
@@ -81,11 +81,8 @@ def test_a_label_without_a_training_image_is_told(call, short):
     assert "label 2 has no image to train on" in text.split("step 1")[0]
 
 
-def test_the_chart_and_the_progress_say_what_was_measured(capsys, monkeypatch):
-    """Console: the whole text of a small chart; speed and time left, with a clock of our own."""
-    log = [(10 * k, loss) for k, loss in enumerate((1.0, 0.1, 0.1, 0.01), 1)]
-    assert console.chart(log, height=3) == (
-        "  1.0000 │●   \n  0.1000 │ ●● \n  0.0100 │   ●\n    loss └──── step 40")
+def test_the_progress_says_what_was_measured(capsys, monkeypatch):
+    """Console: speed and time left, with a clock of our own."""
     clock = iter([100.0, 102.0, 104.0, 130.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     progress = console.Progress(30, first=10, images=64)
@@ -467,7 +464,7 @@ def test_the_bound_is_that_of_the_held_out_images(random_network, coloured, call
     rows = files.split(40)[1]
     steps = [step for step in watched if len(step.x_t) != 10]        # ten images are of perfect.png
     assert [(step.t[0].item(), len(step.x_t)) for step in steps] == [
-        *((t, 32) for t in (2, 3, 4, 5, 6)), (1, 4), *((t, 4) for t in (6, 5, 4, 3, 2, 1))]
+        *((t, 32) for t in (2, 3, 4, 5, 6)), (1, 4)]
     assert all(len(set(step.t.tolist())) == 1 and not step.training for step in watched)
     which = read_off(steps[5].x_t, steps[5].t, ddpm.linear(6, 1e-6, 0.3))[0]
     assert which.tolist() == rows.tolist() and steps[5].label.tolist() == (rows % 4).tolist()
@@ -480,11 +477,10 @@ def test_the_bound_is_that_of_the_held_out_images(random_network, coloured, call
         assert values[0] == pytest.approx(l_T, abs=1e-4)
     training = files.load(coloured)[0][files.split(40)[0]]
     distance = evaluate.nearest(files.load(coloured)[0][rows], training)[0]
-    held_out, drawn = (line.split() for line in text.splitlines()[-2:])
-    assert held_out == ["4", "held-out", "images", f"{distance.min():.4f}",
-                        f"{np.median(distance):.4f}"] and drawn[:3] == ["4", "drawn", "images"]
-    perfect = [line.split() for line in text.splitlines() if line.startswith(("perfect", "ours"))]
-    assert set(perfect[0][1:]) == {"0.000"} and min(map(float, perfect[1][1:])) > 0.1
+    held_out, perfect, drawn = (line.split()[1:] for line in text.splitlines() if
+                                line.startswith(("others", "perfect", "ours")))
+    assert held_out == [f"{d:.3f}" for d in distance]
+    assert set(perfect) == {"0.000"} and min(map(float, drawn)) > 0.1
     page = decoded(Path("out/perfect.png"))[0]
     above, copied, ours = (page[2 + 18 * row:18 * row + 18] for row in range(3))
     assert np.array_equal(above, copied) and not np.array_equal(above, ours)

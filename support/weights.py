@@ -43,7 +43,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with open(path, "rb") as file, parsing(path, "a safetensors file"):
         size = int.from_bytes(file.read(8), "little")
         if size > path.stat().st_size:
-            raise ValueError("READING.md shows how to convert an old .pt or .bin")
+            raise ValueError("are these images?  READING.md shows how to convert a .pt or .bin")
         header = json.loads(file.read(size))
         body, metadata = bytearray(file.read()), header.pop("__metadata__", {})
         tensors, place = {}, 0
