@@ -44,7 +44,8 @@ def in_process(module, *argv):
     from support.console import run_script
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
                if hasattr(signal, name)]
-    handlers, status = [signal.getsignal(number) for number in numbers], 0
+    handlers = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    status = 0
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), \
             contextlib.redirect_stdout(io.StringIO()) as text, \
             contextlib.redirect_stderr(io.StringIO()) as errors:

@@ -146,7 +146,7 @@ def draw_perfectly(net, config: Config, images: np.ndarray, labels: np.ndarray |
     """
     net = copy.deepcopy(net).cpu()                      # NumPy computes the perfect network's ε
     schedule, x = schedule_from(config), to_pixels(images.transpose(0, 3, 1, 2))
-    label = np.arange(10) % config.num_classes if config.num_classes else None
+    label = np.resize(np.unique(labels), 10) if config.num_classes else None
     known = [x] * 10 if label is None else [x[labels == c] for c in label]
 
     def perfect(x_t, t, label=None):

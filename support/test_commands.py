@@ -56,7 +56,7 @@ def test_training_says_what_it_does_and_the_loss_falls(trained, tiny):
     out, printed, errors = trained
     images, labels = files.load(tiny)
     least, known = evaluate.least_loss(images, labels, config_from(read_tensors(
-        out / "checkpoint.safetensors")[1]))
+        out / "checkpoint.safetensors")[1]), draws=1000)
     for text in ("device    cpu",
                  "180 of 8x8x1 to train on, 20 held out, 2 labels, pixels 0 .. 239",
                  "linear, T = 20: L_T = 0.00", "1 for a network that predicts no noise; "
@@ -83,12 +83,17 @@ def test_a_label_without_a_training_image_is_told(call, short):
 
 def test_the_progress_says_what_was_measured(capsys, monkeypatch):
     """Console: speed and time left, with a clock of our own."""
-    clock = iter([100.0, 102.0, 104.0, 130.0])
+    clock = iter([100.0, 102.0, 104.0, 130.0, 0.0, 0.0, 0.05, 0.2, 1.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     progress = console.Progress(30, first=10, images=64)
     progress(20, "a"), progress(25, "b"), progress(28, "c")
     assert capsys.readouterr().out == ("a · 320 images/s · 0:00:02 left\n"
                                        "c · 38.4 images/s · 0:00:03 left\n")
+    monkeypatch.setattr(console.sys.stdout, "isatty", lambda: True)       # a terminal of 8 columns
+    monkeypatch.setenv("COLUMNS", "8")
+    progress = console.Progress(2)
+    progress(0, "one longer"), progress(0, "two"), progress(0, "three"), progress(2, "four")
+    assert capsys.readouterr().out == "\rone lon\rthree  \rfour · \n"
 
 
 def read_off(x_t, t, schedule):
@@ -138,21 +143,27 @@ def test_the_network_is_trained_on_what_algorithm_1_says(coloured, call, watched
     assert np.abs(similar).max() < 0.5                                          # of 192 pixels
     row = [float(part) for part in Path("out/log.csv").read_text().split()[1].split(",")]
     np.testing.assert_allclose(row, [10, np.mean(losses)], rtol=1e-4)
-    run, shared = (read_tensors(Path("out", f"{name}.safetensors"))[0]
-                   for name in ("checkpoint", "network"))
+    (run, saved_as), (shared, told) = (read_tensors(Path("out", f"{name}.safetensors"))
+                                       for name in ("checkpoint", "network"))
+    assert [config_from(each).data for each in (saved_as, told)] == [str(coloured), None]
     assert len(drawn) == 2 * 4 and not any(step.training for step in drawn)    # 64, then 36
     for step, first, last in zip(drawn, 4 * [0] + 4 * [64], 4 * [64] + 4 * [100]):
         assert torch.equal(step.bias, run["ema.conv_in.bias"])
         assert not torch.equal(step.bias, run["net.conv_in.bias"])
         assert step.label.tolist() == (np.arange(100) // 25)[first:last].tolist()
     assert all(torch.equal(p, run[f"ema.{name}"].half()) for name, p in shared.items())
+    assert call(sample, "-n", 1, "--device", "cpu")[0] == 0
+    assert torch.equal(watched[-1].bias, run["ema.conv_in.bias"]) and not watched[-1].training
 
 
-def test_a_picture_of_the_training_takes_ten_steps(coloured, call, watched):
-    """Drawing: one step of training, then ten calls of the network at the squares of 1 .. 10."""
-    call(train, "--data", coloured, "--steps", 1, "--batch", 100, *SMALL)
-    assert [int(step.t[0]) for step in watched[1:]] == [1000, 810, 640, 490, 360, 250, 160, 90,
-                                                        40, 10]
+def test_a_picture_of_the_training_takes_ten_steps(coloured, call, watched, monkeypatch):
+    """Drawing: ten calls of the network at the squares of 1 .. 10, always from the same noise."""
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    call(train, "--data", coloured, "--steps", 2, "--batch", 100, *SMALL)
+    drawn = [step for step in watched if not step.training]
+    assert [int(step.t[0]) for step in drawn] == 2 * [1000, 810, 640, 490, 360, 250, 160, 90, 40,
+                                                      10]
+    assert torch.equal(drawn[0].x_t, drawn[10].x_t)
 
 
 @pytest.mark.parametrize("named, schedule", [
@@ -178,6 +189,7 @@ def test_the_noise_is_that_of_the_schedule_that_was_named(named, schedule, call,
     assert watched[3].t.tolist() == [schedule.T] * 100
     l_T = posterior.bits_per_dim(posterior.L_T(-np.ones(1), schedule))
     assert f"T = {schedule.T}: L_T = {l_T:.3g} bits/dim" in text
+    assert ("x_T IS NOT YET NOISE" in text) == (l_T > 0.01) == ("--beta-T" in named)
 
 
 def test_the_seed_reaches_weights_images_and_noise(coloured, call, watched):
@@ -206,8 +218,9 @@ def test_bfloat16_is_used_where_it_can_be(extra, bfloat16, coloured, call, watch
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True})
         assert devices.precision(torch.device("cpu"), False) == "bfloat16"
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    call(train, "--data", coloured, "--steps", 1, "--batch", 4, *extra, *CLEAR, *SMALL)
+    text = call(train, "--data", coloured, "--steps", 1, "--batch", 4, *extra, *CLEAR, *SMALL)[1]
     assert torch.backends.cudnn.allow_tf32 == bfloat16           # float32 means float32
+    assert f"device    cpu, {'bfloat16' if bfloat16 else 'float32'}\n" in text
     seen = [len(watched)]
     call(sample, "--steps", 1, "-n", 2, "--device", "cpu")
     seen.append(len(watched))
@@ -216,6 +229,22 @@ def test_bfloat16_is_used_where_it_can_be(extra, bfloat16, coloured, call, watch
     assert all(step.bfloat16 == bfloat16 for step in watched)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     assert devices.precision(torch.device("cpu"), False) == "float32"
+
+
+def test_what_is_asked_of_torch_is_done(coloured, call, monkeypatch):
+    """--deterministic, --compile: so is each step of training, and only if it is named; where the
+    compiler fails, one line says why.
+    """
+    failure = type("E", (RuntimeError,), dict(__module__="torch._inductor.exc"))("no g++\n\nSet …")
+    seen, calls, step_down = [], Mock(side_effect=[None, failure]), train.optimizer_step
+    monkeypatch.setattr(torch, "compile", lambda net: lambda *args: calls() or net(*args))
+    monkeypatch.setattr(train, "optimizer_step", lambda *args: step_down(*args) or seen.append((
+        torch.are_deterministic_algorithms_enabled(), calls.call_count)))
+    for name, argv in (("a", []), ("b", ["--deterministic"]), ("c", ["--compile"])):
+        assert call(train, "--data", coloured, "--steps", 1, "--out", name, *argv, *SMALL)[0] == 0
+    assert seen == [(False, 0), (True, 0), (False, 1)]
+    assert call(train, "--data", coloured, "--compile", *SMALL)[::2] == (
+        2, "train.py: --compile does not work here: no g++\n")
 
 
 TRAINING = [
@@ -323,8 +352,10 @@ def test_sampling_draws_what_was_learned(trained, call):
     """Algorithm 2: the sheet's images have a bright half, and labels choose which."""
     status, text, errors = call(
         sample, "--weights", trained[0] / "checkpoint.safetensors", "--label", "all", "--guidance",
-        3, "-n", 40, "--out", "new/folder/s.npz")
+        3, "-n", 40, "--batch", 25, "--out", "new/folder/s.npz")
     assert status == 0 and "ddpm, 20 steps" in text and "images/s" in text and not errors
+    assert "step 0 of 20 · images 1 to 25 of 40\n" in text
+    assert "step 20 of 20 · images 26 to 40 of 40 · " in text
     found = np.load("new/folder/s.npz")
     images, labels = found["images"].astype(int), found["labels"]
     assert (images.shape == (40, 8, 8) and found["images"].dtype == np.uint8
@@ -335,7 +366,8 @@ def test_sampling_draws_what_was_learned(trained, call):
 
 @pytest.mark.parametrize("options", [
     ["--variance", "beta_tilde"], ["--sampler", "ddim", "--steps", 4, "--eta", 0.5],
-    ["--sampler", "dpm", "--steps", 4, "--guidance", 2, "--label", 1]])
+    ["--sampler", "dpm", "--steps", 4, "--guidance", 2, "--label", 1],
+    ["--keep", "left", "--label", 1]])
 def test_the_same_pictures_whatever_the_batch(options, trained, call, monkeypatch):
     """Determinism: same seed, same images; -n 12 is -n 12 --batch 5 to within the rounding of sums
     in another order; another seed is not.
@@ -350,15 +382,21 @@ def test_the_same_pictures_whatever_the_batch(options, trained, call, monkeypatc
     assert np.abs(a["images"].astype(int) - c["images"]).max() <= 1
     assert np.abs(a["images"].astype(int) - d["images"]).max() > 20
     if "--label" not in options:                                # each equally often, shuffled
-        assert np.bincount(a["labels"]).tolist() == [6, 6] and a["labels"].tolist() != [0, 1] * 6
+        assert np.bincount(a["labels"]).tolist() == [6, 6]
+        assert a["labels"].tolist() not in ([0, 1] * 6, [1, 0] * 6, d["labels"].tolist())
 
 
 def test_labels_are_saved_only_where_they_were_followed(trained, call):
-    """.npz: with --guidance 0 and with --label none there are no labels to save."""
-    for options, there in (([], True), (["--guidance", 0], False), (["--label", "none"], False)):
-        call(sample, "--weights", trained[0] / "network.safetensors", "-n", 2, "--steps", 1,
+    """.npz: with --guidance 0, with --label none and for completions by default there are none to
+    save; else one for each image, the four completions of an image alike.
+    """
+    for options, labels in ((["--label", "all"], [0, 1]), (["--guidance", 0], False),
+                            (["--label", "none"], False), (["--keep", "top"], False),
+                            (["--keep", "top", "--label", "all"], [0] * 4 + [1] * 4)):
+        call(sample, "--weights", trained[0] / "checkpoint.safetensors", "-n", 2, "--steps", 1,
              "--out", "x.npz", *options)
-        assert ("labels" in np.load("x.npz")) == there
+        found = np.load("x.npz")
+        assert ("labels" in found and found["labels"].tolist()) == labels
 
 
 @pytest.mark.parametrize("extra, size, frames", [
@@ -430,6 +468,7 @@ DDIM, KEEP = ["--sampler", "ddim"], ["--keep", "top"]
 SAMPLING = [
     ("sampler", [], DDIM), ("sampler", DDIM, ["--sampler", "dpm"]), ("steps", [], ["--steps", 3]),
     ("variance", [], ["--variance", "beta_tilde"]), ("eta", DDIM, ["--eta", 0.5]),
+    ("eta", ["--sampler", "dpm"], ["--sampler", "dpm", "--eta", 0.5]),
     ("clip", [], ["--no-clip"]), ("label", [], ["--label", 1]), ("label", [], ["--label", "none"]),
     ("guidance", [], ["--guidance", 3]), ("guidance", [], ["--guidance", 0]),
     ("keep", KEEP, ["--keep", "bottom"]), ("keep", KEEP, ["--keep", "left"]),
@@ -455,12 +494,17 @@ def test_every_option_of_sampling_changes_what_is_drawn(name, base, extra, rando
         found[0].astype(int) - found[1]).max() > 2
 
 
-def test_the_bound_is_that_of_the_held_out_images(random_network, coloured, call, watched):
+def test_the_bound_is_that_of_the_held_out_images(random_network, coloured, call, watched,
+                                                  monkeypatch):
     """Ho (5): what is evaluated is the average, on the images that were held out, each with its own
-    label and its own t; then come its terms and total, and the distances to the training images.
+    label and its own t; then come its terms and total, and the distances to the training images,
+    all of them.
     """
+    nearest, clock = Mock(wraps=evaluate.nearest), Mock(monotonic=Mock(side_effect=range(9)))
+    monkeypatch.setattr(evaluate, "nearest", nearest), monkeypatch.setattr(console, "time", clock)
     status, text, errors = call(evaluate, "--weights", "net", "--device", "cpu")
     assert status == 0 and not errors and text.count("the bound: t = 6 of 6") == 1
+    assert "t = 2 of 6 · 32 images/s · 0:00:04 left" in text              # 32 in each second
     rows = files.split(40)[1]
     steps = [step for step in watched if len(step.x_t) != 10]        # ten images are of perfect.png
     assert [(step.t[0].item(), len(step.x_t)) for step in steps] == [
@@ -476,14 +520,37 @@ def test_the_bound_is_that_of_the_held_out_images(random_network, coloured, call
         l_T = posterior.bits_per_dim(posterior.L_T(x0, ddpm.linear(6, 1e-6, 0.3)))
         assert values[0] == pytest.approx(l_T, abs=1e-4)
     training = files.load(coloured)[0][files.split(40)[0]]
-    distance = evaluate.nearest(files.load(coloured)[0][rows], training)[0]
-    held_out, perfect, drawn = (line.split()[1:] for line in text.splitlines() if
-                                line.startswith(("others", "perfect", "ours")))
-    assert held_out == [f"{d:.3f}" for d in distance]
-    assert set(perfect) == {"0.000"} and min(map(float, drawn)) > 0.1
+    assert "−log p(x_0) of 4 held-out" in text and "nearest of 36 training images" in text
+    classes = [k % 4 for k in range(10)]
+    assert all(step.label.tolist() == classes for step in watched if len(step.x_t) == 10)
+    others, perfect, ours = nearest.call_args_list
+    assert all(np.array_equal(each.args[1], training) for each in (others, perfect, ours))
+    assert np.array_equal(others.args[0], files.load(coloured)[0][rows])
+    assert (perfect.args[0][:, 0, 0, 0] // 5 % 4).tolist() == classes
+    shown = [line.split()[1:] for line in text.splitlines() if
+             line.startswith(("others", "perfect", "ours"))]
+    for each, line in zip((others, perfect, ours), shown, strict=True):
+        assert line == [f"{d:.3f}" for d in evaluate.nearest(*each.args)[0]]
+    assert set(shown[1]) == {"0.000"} and min(map(float, shown[2])) > 0.1
     page = decoded(Path("out/perfect.png"))[0]
     above, copied, ours = (page[2 + 18 * row:18 * row + 18] for row in range(3))
     assert np.array_equal(above, copied) and not np.array_equal(above, ours)
+
+
+def test_the_bound_of_images_that_the_network_has_not_seen(
+        random_network, coloured, call, watched, monkeypatch):
+    """--data: the bound is that of the named file's held-out images, whatever the network has seen; a
+    label without an image in it is not drawn.
+    """
+    images, labels = files.load(coloured)
+    np.savez("other.npz", images=images[::-1], labels=np.where(labels == 2, 3, labels))
+    monkeypatch.setattr(files, "checked_labels", lambda path, labels, count: labels)     # with gaps
+    status, text, _ = call(evaluate, "--weights", "net", "--data", "other.npz", "--device", "cpu")
+    assert status == 0 and "of 4 held-out images" in text and "nearest of 36" in text
+    perfect = [step.label.tolist() for step in watched if len(step.x_t) == 10]
+    assert perfect[0] == [0, 1, 3, 0, 1, 3, 0, 1, 3, 0]
+    which = read_off(watched[-1].x_t, watched[-1].t, ddpm.linear(6, 1e-6, 0.3))[0]
+    assert which.tolist() == (39 - files.split(40)[1]).tolist()
 
 
 def test_the_network_that_ships_is_shown_but_not_measured_on_what_it_has_seen(call):
@@ -521,13 +588,15 @@ def test_the_network_that_ships_is_shown_but_not_measured_on_what_it_has_seen(ca
     (sample, ["--weights", "missing"], "missing: No such file"),
     (sample, ["--weights", "nan"], "some pixels are not finite"),
     (evaluate, ["--data", "small.npz"], "held-out images of (8, 8, 1)"),
-    (evaluate, ["--data", "bare.npz"], "trained with labels 0 .. 9")])
+    (evaluate, ["--data", "bare.npz"], "trained with labels 0 .. 9"),
+    (evaluate, ["--data", "eleven.npz"], "trained with labels 0 .. 9")])
 def test_what_the_user_can_mend_is_told_in_one_line(script, argv, says, call):
     """Errors: one line on stderr that names the thing, status 2, no traceback, nothing written."""
     Path("file").write_text("no folder")
     np.savez("small.npz", images=np.zeros((99, 8, 8), np.uint8), labels=np.arange(99) % 10)
     np.savez("few.npz", images=np.zeros((99, 28, 28), np.uint8), labels=np.arange(99) % 10)
     np.savez("bare.npz", images=np.zeros((99, 28, 28), np.uint8))
+    np.savez("eleven.npz", images=np.zeros((99, 28, 28), np.uint8), labels=np.arange(99) % 11)
     tensors, metadata = read_tensors(sample.SHIPPED)
     tensors["conv_out.bias"] *= float("nan")
     saved("nan", tensors, **asdict(config_from(metadata)))
@@ -552,14 +621,6 @@ def test_too_little_memory_is_one_line(error, says, call, monkeypatch):
     monkeypatch.setattr(sample, "load_network", load_network)
     status, _, errors = call(sample)
     assert status == 2 and says in errors and errors.count("\n") == 1
-
-
-def test_compile_is_used_and_without_a_compiler_refused(coloured, call, monkeypatch):
-    """--compile: the network is compiled; where that fails, one line says why."""
-    failure = type("E", (RuntimeError,), dict(__module__="torch._inductor.exc"))("no g++\n\nSet …")
-    monkeypatch.setattr(torch, "compile", lambda net: Mock(side_effect=failure))
-    status, _, errors = call(train, "--data", coloured, "--steps", 1, "--compile", *SMALL)
-    assert (status, errors) == (2, "train.py: --compile does not work here: no g++\n")
 
 
 def test_a_bug_keeps_its_trace(monkeypatch):

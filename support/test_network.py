@@ -92,11 +92,11 @@ def test_attention_is_the_softmax_of_dot_products():
 
 
 def test_a_block_is_its_equation():
-    """Ho appendix B: norm, act, conv, + Linear(act(temb)), norm, act, conv, + shortcut,
+    """Ho appendix B: norm, act, conv, + Linear(act(temb)), norm, act, dropout, conv, + shortcut,
     with plain operations.
     """
     torch.manual_seed(1)
-    block = Block(4, 8, 6, groups=2, dropout=0.0, attention=False)
+    block = Block(4, 8, 6, groups=2, dropout=0.5, attention=False)
     for p in block.parameters():
         nn.init.normal_(p)
     x, temb = torch.randn(2, 4, 5, 5), torch.randn(2, 6)
@@ -111,7 +111,10 @@ def test_a_block_is_its_equation():
 
     h = block.conv1(act(norm(x, block.norm1.weight, block.norm1.bias)))
     h = h + (act(temb) @ block.time.weight.T + block.time.bias)[:, :, None, None]
-    h = block.conv2(act(norm(h, block.norm2.weight, block.norm2.bias)))
+    torch.manual_seed(2)
+    kept = nn.functional.dropout(torch.ones_like(h), 0.5)
+    h = block.conv2(kept * act(norm(h, block.norm2.weight, block.norm2.bias)))
+    torch.manual_seed(2)
     near32(block(x, temb), (h + block.shortcut(x)).detach().numpy(), condition=10)
 
 
@@ -263,10 +266,22 @@ def test_the_network_sees_t_and_the_label():
 @pytest.mark.parametrize("shape, patch", [((1, 8, 8), 1), ((3, 12, 20), 1), ((1, 28, 28), 2),
                                           ((3, 32, 32), 4)])
 def test_any_size_that_can_be_halved(shape, patch):
-    """Ho appendix B: the output has the input's shape; other sizes are refused."""
-    net = small_unet(image_shape=shape, num_classes=0, patch_size=patch)
+    """Ho appendix B: the output has the input's shape; other sizes are refused.  Pixel i, j of each
+    square is in channels c p² + i p + j, and levels that are then 4 high have attention.
+    """
+    net, squares = small_unet(image_shape=shape, num_classes=0, patch_size=patch), []
+    net.conv_in.register_forward_hook(lambda _, inputs, output: squares.append(inputs[0]))
+    net.conv_out.register_forward_hook(lambda _, inputs, output: squares.append(output))
     x = torch.randn(2, *shape)
-    assert net(x, torch.tensor([1, 2])).shape == x.shape
+    output = net(x, torch.tensor([1, 2]))
+    assert output.shape == x.shape
+    for k in range(patch ** 2):
+        for images, found in zip((x, output), squares):
+            i, j = divmod(k, patch)
+            assert torch.equal(found[:, k::patch ** 2], images[:, :, i::patch, j::patch])
+    attention = [m for m in net.modules() if isinstance(m, Attention)]
+    assert len(attention) == (4 if shape[1] == 8 * patch else 1)            # 1: in the middle
+    assert all(m.eps == 1e-6 for m in net.modules() if isinstance(m, nn.GroupNorm))
     with pytest.raises(ValueError, match=f"multiples of {2 * patch}"):
         small_unet(image_shape=(shape[0], shape[1] + 1, shape[2]), patch_size=patch)
     with pytest.raises(ValueError, match="groups"):
@@ -300,6 +315,7 @@ def test_muon_steps_are_orthogonal_and_adam_has_the_rest():
             near32(step, 0.0625 * before[name].sign().numpy(), condition=1000)
     assert matrices == len(muon.param_groups[0]["params"]) > 10
     assert len(adam.param_groups[0]["params"]) + matrices == len(list(net.parameters()))
+    assert adam.param_groups[0]["betas"] == (0.9, 0.99)
     assert [type(o).__name__ for o in optimizers(net, 0.1, 0.99, 0.0)] == ["Adam"]
 
 

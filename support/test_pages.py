@@ -359,12 +359,14 @@ def test_the_exercises_are_ours_without_the_equations(call):
     """Exercises: every tagged function is blank, its docstring and all the rest are kept; what a
     reader has written is never overwritten.
     """
-    assert call(exercises, "mine")[0] == 0
+    status, text, _ = call(exercises, "mine")
+    assert status == 0
     for name in exercises.FILES:
         ours, theirs = ((folder / name).read_text(encoding="utf-8")
                         for folder in (ROOT, Path("mine")))
         blank = [name for name, _ in exercises.tagged(ours)]
         assert theirs.count(exercises.BLANK) == len(blank) > 5
+        assert f"{Path('mine', name)}: {len(blank)} functions to write" in text
         for before, after in zip(exercises.tagged(ours), exercises.tagged(theirs), strict=True):
             assert ast.unparse(before[1].args) == ast.unparse(after[1].args)
             assert ast.get_docstring(before[1]) == ast.get_docstring(after[1])
@@ -380,21 +382,23 @@ def test_the_exercises_are_ours_without_the_equations(call):
 
 
 def test_what_a_reader_fills_in_is_marked_by_itself(call):
-    """Exercises: one function right, in other words than ours, and one wrong: the second alone is
+    """Exercises: one function right, in other words than ours, and two wrong: those two alone are
     marked wrong, and the others wait.
     """
     call(exercises, "mine")
     blank = f"    {exercises.BLANK}\n"
-    for name, body in (("q_sample", "kept = np.sqrt(schedule.alpha_bar[t])\n    return kept * x0 + "
-                        "schedule.one_minus_alpha_bar[t] ** 0.5 * eps"),
-                       ("q_marginal", "import math\n    return math.sqrt(schedule.alpha_bar[t])"
-                        " * x0, 1 - schedule.alpha_bar[t]")):
-        head, rest = re.split(rf"(?=def {name}\()", Path("mine/ddpm.py").read_text("utf-8"))
-        Path("mine/ddpm.py").write_text(head + rest.replace(blank, f"    {body}\n", 1), "utf-8")
+    for file, name, body in (
+            ("ddpm.py", "q_sample", "kept = np.sqrt(schedule.alpha_bar[t])\n    return kept * x0 + "
+             "schedule.one_minus_alpha_bar[t] ** 0.5 * eps"),
+            ("ddpm.py", "q_marginal", "import math\n    return math.sqrt(schedule.alpha_bar[t])"
+             " * x0, 1 - schedule.alpha_bar[t]"),
+            ("unet.py", "time_embedding", "return torch.zeros(len(t), width)")):
+        head, rest = re.split(rf"(?=def {name}\()", Path("mine", file).read_text("utf-8"))
+        Path("mine", file).write_text(head + rest.replace(blank, f"    {body}\n", 1), "utf-8")
     done = subprocess.run([sys.executable, "-m", "pytest"], cwd="mine", capture_output=True,
                           text=True)
     assert done.returncode == 1
-    assert re.findall(r"\[ddpm.py: (\w+)\] (PASSED|FAILED)", done.stdout) == [
-        ("q_marginal", "FAILED"), ("q_sample", "PASSED")], done.stdout
+    assert re.findall(r"py: (\w+)\] (PASSED|FAILED)", done.stdout) == [
+        ("q_marginal", "FAILED"), ("q_sample", "PASSED"), ("time_embedding", "FAILED")], done.stdout
     assert "write sqrt(x)" in done.stdout or "it loses digits" in done.stdout
     shutil.rmtree("mine")

@@ -7,11 +7,12 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,9 +22,10 @@ from hypothesis import given, settings, strategies as st
 import support.run
 import train
 from conftest import TINY
-from support import data as files
+from support import console, data as files
 from support.config import Config
 from support.console import on_stop
+from support.devices import seed_from
 from support.pictures import atomic_write
 from support.run import Run, alone_in, open_run
 from support.weights import read_tensors, write_tensors
@@ -48,8 +50,8 @@ def test_a_stopped_run_goes_on_exactly(seed, tiny, call, short, monkeypatch):
     assert call(train, *argv, "straight")[0] == 0
     chance, step_down = random.Random(seed), train.optimizer_step
     for first, number in ((1, signal.SIGINT), (4, signal.SIGTERM), (7, signal.SIGHUP), (9, 13)):
-        there = Path("run/checkpoint.safetensors").exists()
-        last, count, begun = chance.randrange(first, first + 2), [0], step_of("run") if there else 0
+        there = Path("a b/checkpoint.safetensors").exists()
+        last, count, begun = chance.randrange(first, first + 2), [0], step_of("a b") if there else 0
 
         def optimizer_step(optimizers, lr_scale):
             count[0] += 1
@@ -65,12 +67,12 @@ def test_a_stopped_run_goes_on_exactly(seed, tiny, call, short, monkeypatch):
             patch.setattr(train, "optimizer_step", optimizer_step)
             patch.setattr(train.Progress, "__call__", nobody_reads)
             resume = ["--resume", "--out"] if there else argv
-            status, text, _ = call(train, *resume, "run", "--device", "cpu")
-        assert status == 128 + number and step_of("run") == last + last % 2
+            status, text, _ = call(train, *resume, "a b", "--device", "cpu")
+        assert status == 128 + number and step_of("a b") == last + last % 2
         assert (f"stopped and saved at step {last + last % 2}; to resume: python train.py --resume "
-                "--out run") in text
-    assert call(train, "--resume", "--out", "run", "--device", "cpu")[0] == 0
-    straight, run = contents("straight"), contents("run")
+                "--out 'a b'") in text
+    assert call(train, "--resume", "--out", "a b", "--device", "cpu")[0] == 0
+    straight, run = contents("straight"), contents("a b")
     assert "step-000012.png" in run and all(run[name] == straight[name] for name in run)
 
 
@@ -152,10 +154,16 @@ def test_what_would_change_the_run_is_refused_on_resume(extra, says, trained, ti
     assert status == 2 and "go on with --resume" in errors and contents(trained[0]) == before
 
 
-def test_a_run_goes_on_further_elsewhere_and_with_moved_data(trained, tiny, call, short):
+def test_a_run_goes_on_further_elsewhere_and_with_moved_data(trained, call, short, tiny,
+                                                             monkeypatch):
     """Resume: more --steps, --data at another place, and a checkpoint of a device that is gone:
-    one line says that the random numbers are others.
+    one line says that the random numbers are others.  Its speed is that of the steps since then:
+    2 of 16 images, with a clock of our own; and it takes no setting but these two.
     """
+    for name in {f.name for f in fields(Config)} - {"steps", "data"}:
+        with pytest.raises(ValueError, match="--resume goes on with the settings of the run"):
+            open_run(trained[0], CPU, {name: getattr(Config(), name)}, resume=True)
+    monkeypatch.setattr(console, "time", Mock(monotonic=Mock(side_effect=range(9))))
     tensors, metadata = read_tensors(trained[0] / "checkpoint.safetensors")
     Path("run").mkdir(), Path("moved.npz").write_bytes(tiny.read_bytes())
     with open("run/checkpoint.safetensors", "wb") as file:
@@ -163,6 +171,7 @@ def test_a_run_goes_on_further_elsewhere_and_with_moved_data(trained, tiny, call
     status, text, errors = call(train, "--resume", "--steps", 102, "--data", "moved.npz", "--out",
                                 "run", "--device", "cpu")
     assert status == 0 and not errors and text.startswith("begun on cuda: on cpu the random")
+    assert " · 32 images/s · 0:00:00 left" in text
     assert step_of("run") == 102 and Path("run/log.csv").read_text().count("\n") == 12
 
 
@@ -241,9 +250,7 @@ def test_two_processes_are_one(tiny, call, tmp_path):
     With Adam alone: Muon's rounds magnify the rounding of a sum in another order.
     """
     common = ["--data", tiny, "--steps", 10, *TINY, "--float32", "--muon-lr", 0, "--dropout", 0]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = 10_000 + os.getpid() % 20_000            # below those that the system gives to others
     started = [subprocess.Popen(                                      # as torchrun does
         [sys.executable, str(ROOT / "train.py"), *map(str, common), "--out", "two"], text=True,
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | dict(
@@ -263,15 +270,17 @@ def test_two_processes_are_one(tiny, call, tmp_path):
 
 def test_the_second_process_saves_and_says_nothing_and_drops_others(call, tmp_path, monkeypatch):
     """Many devices: rank 1 writes no file and repeats no refusal, and its dropout is another than
-    rank 0's.
+    rank 0's; so is that of another step, and of another seed.  Each use has a seed of its own.
     """
-    run, masks = Run(Config(image_shape=(1, 8, 8)), CPU), []
-    for rank in ("0", "1"):
+    masks = set()
+    for step, seed, rank in ((5, 0, "0"), (6, 0, "0"), (5, 1, "0"), (5, 0, "1")):
         monkeypatch.setenv("RANK", rank)
-        run.rng(5)
-        masks.append(torch.rand(9))
+        run = Run(Config(image_shape=(1, 8, 8), seed=seed), CPU)
+        run.rng(step)
+        masks.add(tuple(torch.rand(9).tolist()))
     run.save(tmp_path / "out")
-    assert not (tmp_path / "out").exists() and not torch.equal(*masks)
+    assert not (tmp_path / "out").exists() and len(masks) == 4
+    assert len({seed_from(use, 0, 1) for use in ("data", "noise", "dropout")}) == 3
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert call(train, "--T", "x") == call(train, "--T", 0) == (2, "", "")
 

@@ -499,10 +499,10 @@ def test_the_least_loss_is_that_of_the_perfect_network():
     """score, Ho (14): least_loss is what L_simple averages to with best_x0 in the network's place;
     labels lower it to that of each label's images.
 
-    Five standard errors of 80,000 draws; an error of a twentieth is found.
+    Five standard errors of 80,000 draws; an error of a tenth is found, and labels in disorder.
     """
-    images, _ = finite_set(20)
     labels, schedule, training = np.arange(20) % 3, evenly(20, 0.01, 0.5), split(20)[0]
+    images = finite_set(20)[0] // 4 + 60 * labels.reshape(-1, 1, 1, 1)
     config, rng = Config(T=20, beta_1=0.01, beta_T=0.5, p_uncond=0.25), np.random.default_rng(1)
     x = images.reshape(20, -1) / 127.5 - 1
     for known_labels in (None, labels):
@@ -519,7 +519,7 @@ def test_the_least_loss_is_that_of_the_perfect_network():
                 best[these] = posterior.best_x0(x_t[these], t[these], x[candidates], schedule)
         each = ((eps - ddpm.eps_from_x0(x_t, t[:, None], best, schedule)) ** 2).mean(1)
         error = each.std() / math.sqrt(80_000)
-        assert abs(found - each.mean()) < 5 * error * math.sqrt(2) and error < 0.01 * found
+        assert abs(found - each.mean()) < 5 * error * math.sqrt(2) and error < 0.014 * found
         assert count == 18
 
 
@@ -546,3 +546,13 @@ def test_the_nearest_image_is_the_nearest(images, training):
     near(distance, np.min(each, axis=1), condition=10)
     near([row[i] for row, i in zip(each, index)], distance, condition=10)
     assert evaluate.nearest(training, training)[0].tolist() == [0] * 5
+
+
+def test_the_nearest_of_many_large_images():
+    """Copies: one level in one of 10,800 bright pixels is seen, in the last of 800 images too."""
+    images = np.zeros((800, 60, 60, 3), np.uint8)
+    images[-1] = 255
+    images[-1, 0, 0, 0] = 254
+    distance, index = evaluate.nearest(np.full((1, 60, 60, 3), 255), images)
+    near(distance, math.sqrt(1 / 10_800) / 127.5)
+    assert index == 799

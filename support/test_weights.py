@@ -72,6 +72,9 @@ def test_the_file_is_what_the_format_says(tmp_path):
     path.write_bytes(by_hand(other))
     found, metadata = read_tensors(path)
     assert metadata == {} and all(np.array_equal(found[name], other[name]) for name in other)
+    path.write_bytes(by_hand({}, w=dict(dtype="BF16", shape=[2], data_offsets=[0, 4]),
+                             body=b"\x80\x3f\x00\xc0"))
+    assert read_tensors(path)[0]["w"].tolist() == [1, -2]
 
 
 HALVES = {"a": [0, 8], "b": [4, 12]}
@@ -103,7 +106,8 @@ def test_what_the_format_forbids_is_refused(body, says, tmp_path):
     ({}, dict(attention_resolutions=0), "--attention-resolutions must be"),
     ({}, dict(lr=(0.1,)), "--lr must be"), ({}, dict(channel_mult=()), "--channel-mult must be"),
     ({}, dict(T=None), "--T must be"), ({}, dict(dropout=float("nan")), "--dropout must be"),
-    ({}, dict(image_shape=(1,)), "channels, height and width")])
+    ({}, dict(image_shape=(1,)), "channels, height and width"),
+    ({}, dict(schedule="x"), "--schedule must be one of linear, cosine")])
 def test_a_network_is_the_one_that_its_settings_describe(tensors, settings_, says, tmp_path):
     """Weights: what differs is refused by its name, and nothing is built that is larger than the
     file.
@@ -171,10 +175,10 @@ NEW = dict(q="to_q", k="to_k", v="to_v", out="to_out.0")
 DESCRIBED = dict(sample_size=[8, 12], in_channels=3, block_out_channels=[8, 16], layers_per_block=1,
                  norm_num_groups=4, down_block_types=["DownBlock2D", "AttnDownBlock2D"],
                  freq_shift=1, attention_head_dim=None, downsample_padding=0, norm_eps=1e-6,
-                 flip_sin_to_cos=False)
+                 flip_sin_to_cos=False, dropout=0.25)
 SCHEDULER = dict(num_train_timesteps=7, beta_start=0.01, beta_end=0.3, beta_schedule="linear")
 THEIRS = Config(image_shape=(3, 8, 12), model_channels=8, attention_resolutions=(4,), num_groups=4,
-                patch_size=1, labels=False)
+                patch_size=1, labels=False, dropout=0.25)
 
 
 def published(net, attention):
@@ -228,33 +232,46 @@ def test_published_networks_are_read(names, folder):
 
 
 def test_a_whole_pipeline_is_read(folder):
-    """Published weights: unet/ and scheduler/ of a pipeline, with cosine betas."""
-    path, _ = folder
+    """Published weights: unet/ and scheduler/ of a pipeline, with cosine betas, and with attention
+    in the middle alone.
+    """
+    path, net = folder
+    saved(path / PUBLISHED, {name: p for name, p in published(net, NEW).items()
+                             if "attentions" not in name or name.startswith("mid_block")})
+    (path / "config.json").write_text(json.dumps(
+        DESCRIBED | dict(down_block_types=["DownBlock2D", "DownBlock2D"])))
     (path / "unet").mkdir(), (path / "scheduler").mkdir()
     for name in (PUBLISHED, "config.json"):
         (path / name).rename(path / "unet" / name)
     (path / "scheduler_config.json").unlink()
     (path / "scheduler/scheduler_config.json").write_text(json.dumps(
         SCHEDULER | dict(beta_schedule="squaredcos_cap_v2", num_train_timesteps=50)))
-    assert load_network(path, CPU)[1] == replace(THEIRS, T=50, schedule="cosine")
+    assert load_network(path, CPU)[1] == replace(THEIRS, T=50, schedule="cosine",
+                                                 attention_resolutions=(0,))
+
+
+STATED = ["freq_shift", "attention_head_dim", "downsample_padding", "norm_eps", "flip_sin_to_cos"]
 
 
 @pytest.mark.parametrize("file, change, says", [
-    ("config.json", dict(freq_shift=0), "its freq_shift is not 1"),
-    ("config.json", dict(act_fn="gelu"), "its act_fn is not silu"),
-    ("config.json", dict(attention_head_dim=8), "its attention_head_dim is not None"),
-    ("config.json", dict(resnet_time_scale_shift="scale_shift"), "resnet_time_scale_shift"),
+    *(("config.json", {name: "absent"}, f"its {name} is not") for name in STATED),
+    *(("config.json", {name: "other"}, f"its {name} is not") for name in [
+        *STATED, "act_fn", "add_attention", "center_input_sample", "class_embed_type",
+        "mid_block_scale_factor", "resnet_time_scale_shift", "time_embedding_type"]),
     ("config.json", dict(layers_per_block=2), "is missing"),
     ("config.json", dict(block_out_channels=[8, 24]), "size mismatch"),
     ("config.json", dict(block_out_channels=[]), "damaged"),
     ("config.json", dict(sample_size=-8), "must be 0 .. 8192"),
     ("scheduler_config.json", dict(prediction_type="v_prediction"), "must predict epsilon"),
     ("scheduler_config.json", dict(beta_schedule="scaled_linear"), "config.json is not computed"),
+    ("scheduler_config.json", dict(trained_betas=[0.1, 0.2]), "config.json is not computed"),
+    ("scheduler_config.json", dict(rescale_betas_zero_snr=True), "config.json is not computed"),
     ("scheduler_config.json", dict(num_train_timesteps=0), "--T must be")])
 def test_another_network_is_refused(file, change, says, folder):
     """Published weights: a description that is not computed here, or that is none."""
     path, _ = folder
-    (path / file).write_text(json.dumps(json.loads((path / file).read_text()) | change))
+    described = json.loads((path / file).read_text()) | change
+    (path / file).write_text(json.dumps({k: v for k, v in described.items() if v != "absent"}))
     with pytest.raises(ValueError) as caught:
         load_network(path, CPU)
     assert says in str(caught.value) and "\n" not in str(caught.value)

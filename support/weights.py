@@ -96,9 +96,9 @@ def load_network(path: str | Path, device: torch.device) -> tuple[UNet, Config]:
 # ── Published networks ────────────────────────────────────────────────────────────────────────────
 
 # Settings that have only one value here, and of those the ones whose default is another.
-FIXED = dict(act_fn="silu", center_input_sample=False, class_embed_type=None,
-             mid_block_scale_factor=1, resnet_time_scale_shift="default",
-             time_embedding_type="positional", add_attention=True)
+FIXED = dict(act_fn="silu", add_attention=True, attn_norm_num_groups=None,
+             center_input_sample=False, class_embed_type=None, mid_block_scale_factor=1,
+             resnet_time_scale_shift="default", time_embedding_type="positional")
 STATED = dict(attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
               norm_eps=1e-6)
 
