@@ -29,7 +29,6 @@ from support.run import CHECKPOINT, NETWORK, Run, alone_in, last_good, open_run
 from unet import parameters
 
 LOG_EVERY = 10              # steps: to read the loss is to wait for the device
-ON_DEVICE = 1 << 30         # bytes: a smaller data set is copied to a GPU as a whole
 
 
 # ── Algorithm 1 ───────────────────────────────────────────────────────────────────────────────────
@@ -98,20 +97,15 @@ def batches(images: np.ndarray, labels: np.ndarray | None, config: Config,
     it is num_classes.
     """
     training, _ = split(len(images))
-    resident = None
-    if device.type != "cpu" and images.nbytes <= ON_DEVICE:
-        resident = torch.tensor(images[training], device=device)
 
     def moved(part):                 # without waiting, where that is safe for what is soon gone
         return part.to(device, non_blocking=device.type == "cuda")
 
     def next_batch(step):
         rng = SharedGenerator(seed_from("data", config.seed, step))           # on the host
-        i = rng.integers(len(training), config.batch // rng.world)
-        flip, drop = rng.uniform(len(i)) < 0.5, rng.uniform(len(i)) < config.p_uncond
-        rows = training[i.numpy()]
-        x0 = to_batch(moved(torch.from_numpy(images[rows])) if resident is None
-                      else resident[moved(i)])
+        rows = training[rng.integers(len(training), config.batch // rng.world).numpy()]
+        flip, drop = rng.uniform(len(rows)) < 0.5, rng.uniform(len(rows)) < config.p_uncond
+        x0 = to_batch(moved(torch.from_numpy(images[rows])))
         if config.flip:
             x0 = torch.where(moved(flip)[:, None, None, None], x0.flip(3), x0)
         if labels is None:

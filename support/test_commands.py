@@ -3,6 +3,8 @@
 With betas of 1e-6 an x_t tells its x_0 exactly, and what is left of it is ε.
 """
 import platform
+import subprocess
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from unittest.mock import Mock
@@ -626,6 +628,18 @@ def test_too_little_memory_is_one_line(error, says, call, monkeypatch):
     monkeypatch.setattr(sample, "load_network", load_network)
     status, _, errors = call(sample)
     assert status == 2 and says in errors and errors.count("\n") == 1
+
+
+def test_help_and_a_reader_who_has_gone(tmp_path):
+    """Scripts without options: --help says what they are; where nobody reads, they end as by
+    SIGPIPE, without a word.
+    """
+    told = subprocess.run([sys.executable, ROOT / "unet.py", "--help"], capture_output=True)
+    assert told.returncode == 0 and unet.__doc__.strip() in told.stdout.decode()
+    process = subprocess.Popen([sys.executable, ROOT / "ddpm.py"], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 128 + 13
 
 
 def test_a_bug_keeps_its_trace(monkeypatch):

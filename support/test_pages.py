@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,9 @@ def test_the_figures_of_the_pages_are_the_code_s():
             (README, f"its network has {ours.model_channels} channels, two levels with one block "
                      "each, one group for each norm, attention in the middle only, and sees "
                      f"squares of {ours.patch_size} x {ours.patch_size} pixels"),
+            (README, f"a warm-up of {ours.warmup} steps instead of {paper.warmup:,}"),
+            (README, f"{parameters(UNet(replace(ours, num_classes=10).architecture())):,} "
+                     f"parameters in all instead of {parameters(UNet()) / 1e6:.1f} million"),
             (README, f"reaches its {paper.ema_decay} only after {rises_until:,.0f} steps"),
             (README, f"so that {len(split(50_000)[0]):,} are trained on"),
             (README, f"on {len(split(10_000)[0]):,} of the 10,000 digits"),
@@ -113,10 +117,10 @@ def test_the_readme_shows_what_training_prints(trained):
     assert shown == printed[-len(shown):]
 
 
-def test_the_five_lines_that_draw_from_python():
+def test_the_lines_that_draw_from_python():
     """READING: what stands there for importers draws the digits it says."""
     names = {}
-    exec(re.sub("^  ", "", re.search(r"```python\n(  from sample.*?)```", READING, re.S)[1],
+    exec(re.sub("^  ", "", re.search(r"```python\n(  import.*?)```", READING, re.S)[1],
                 flags=re.M), names)
     assert names["images"].shape == (10, 28, 28, 1) and names["images"].dtype == np.uint8
     assert "a uint8 array (10, 28, 28, 1)" in READING and names["images"].std() > 50
