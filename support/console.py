@@ -1,6 +1,5 @@
 """What a user sees: progress in one line, errors in one line."""
 import argparse
-import contextlib
 import io
 import os
 import re
@@ -9,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 
@@ -48,11 +48,9 @@ def run_script(main: Callable, description: str | None = None):
         if description:
             argparse.ArgumentParser(description=description, formatter_class=argparse.
                                     RawDescriptionHelpFormatter).parse_args()
-        with contextlib.ExitStack() as stack:
-            if int(os.environ.get("RANK", 0)):                 # of several processes the first
-                nothing = stack.enter_context(open(os.devnull, "w"))           # speaks for all
-                stack.enter_context(contextlib.redirect_stdout(nothing))
-                stack.enter_context(contextlib.redirect_stderr(nothing))
+        first = int(os.environ.get("RANK", 0)) == 0            # of several: it speaks for all
+        with (open(os.devnull, "w") as nothing, redirect_stdout(sys.stdout if first else nothing),
+              redirect_stderr(sys.stderr if first else nothing)):
             main()
     except BrokenPipeError:                                    # nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -283,6 +283,12 @@ def test_the_second_process_saves_and_says_nothing_and_drops_others(call, tmp_pa
     assert len({seed_from(use, 0, 1) for use in ("data", "noise", "dropout")}) == 3
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert call(train, "--T", "x") == call(train, "--T", 0) == (2, "", "")
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"),
+                        ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert call(train) == (2, "", "train.py: 2 processes need as many GPUs, and this machine has "
+                           "1\n")
 
 
 @settings(max_examples=int(os.environ.get("TRIES", 150)) // 5)
