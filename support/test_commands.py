@@ -546,8 +546,8 @@ def test_the_bound_is_that_of_the_held_out_images(random_network, coloured, call
 
 def test_the_bound_of_images_that_the_network_has_not_seen(
         random_network, coloured, call, watched, monkeypatch):
-    """--data: the bound is that of the named file's held-out images, whatever the network has seen; a
-    label without an image in it is not drawn.
+    """--data: the bound is that of the named file's held-out images, whatever the network has seen;
+    a label without an image in it is not drawn.
     """
     images, labels = files.load(coloured)
     np.savez("other.npz", images=images[::-1], labels=np.where(labels == 2, 3, labels))
