@@ -634,8 +634,8 @@ def test_help_and_a_reader_who_has_gone(tmp_path):
     """Scripts without options: --help says what they are; where nobody reads, they end as by
     SIGPIPE, without a word.
     """
-    told = subprocess.run([sys.executable, ROOT / "unet.py", "--help"], capture_output=True)
-    assert told.returncode == 0 and unet.__doc__.strip() in told.stdout.decode()
+    told = subprocess.run([sys.executable, ROOT / "ddpm.py", "--help"], capture_output=True)
+    assert told.returncode == 0 and ddpm.__doc__.strip() in told.stdout.decode()
     process = subprocess.Popen([sys.executable, ROOT / "ddpm.py"], cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
