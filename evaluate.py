@@ -144,7 +144,6 @@ def draw_perfectly(net, config: Config, images: np.ndarray, labels: np.ndarray |
     """Ten images of the perfect network, the training images nearest to them, and ten of ours: from
     the same x_T and z, with the same labels.  Prints how near they come, and how near `others` do.
     """
-    net = copy.deepcopy(net).cpu()                      # NumPy computes the perfect network's ε
     schedule, x = schedule_from(config), to_pixels(images.transpose(0, 3, 1, 2))
     label = np.resize(np.unique(labels), 10) if config.num_classes else None
     known = [x] * 10 if label is None else [x[labels == c] for c in label]
@@ -154,11 +153,12 @@ def draw_perfectly(net, config: Config, images: np.ndarray, labels: np.ndarray |
         x0 = np.concatenate([posterior.best_x0(noisy[k:k + 1], t, known[k], schedule)
                              for k in range(10)])
         return torch.from_numpy(ddpm.eps_from_x0(noisy, t, x0, schedule)).to(x_t)
+    best = copy.deepcopy(net).cpu()                                # NumPy computes its ε
+    best.forward = perfect
     print(f"RMS distance per pixel to the nearest of {len(images)} training images (a copy: 0):")
     rows, sampling = [], Sampling(steps=50, n=10)
-    for name, forward in (("others", None), ("perfect", perfect), ("ours", net.forward)):
-        net.forward = forward
-        drawn = draw_images(net, config, sampling, label)[-1] if forward else others
+    for name, network in (("others", None), ("perfect", best), ("ours", net)):
+        drawn = draw_images(network, config, sampling, label)[-1] if network else others
         distance, index = nearest(drawn, images)
         print(f"{name:8}" + "".join(f"{d:7.3f}" for d in distance))
         rows += [drawn, images[index]]
