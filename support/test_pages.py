@@ -218,7 +218,8 @@ def test_every_equation_is_in_the_reading_guide():
 def test_the_formulas_of_the_reading_guide_are_those_of_the_docstrings():
     """READING: each formula is its function's, symbol by symbol, and so are its tags."""
     of_page, of_docstring = collections.defaultdict(set), {}
-    for equation, _, code, _ in rows_of(READING, "Every equation"):
+    for equation, _, code, proof in rows_of(READING, "Every equation"):
+        assert re.fullmatch(r"\[.*\]\((support/)?test_\w+\.py#L\d+\)", proof), proof
         name, file = re.search(r"\[`(\w+)`\]\((\w+)\.py", code).groups()
         docstring = inspect.getdoc(getattr(importlib.import_module(file), name))
         of_page[name] |= tags((re.match(r"\*\*(.*?)\*\*", equation) or ["", ""])[1])

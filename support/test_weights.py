@@ -256,8 +256,9 @@ STATED = ["freq_shift", "attention_head_dim", "downsample_padding", "norm_eps", 
 @pytest.mark.parametrize("file, change, says", [
     *(("config.json", {name: "absent"}, f"its {name} is not") for name in STATED),
     *(("config.json", {name: "other"}, f"its {name} is not") for name in [
-        *STATED, "act_fn", "add_attention", "center_input_sample", "class_embed_type",
-        "mid_block_scale_factor", "resnet_time_scale_shift", "time_embedding_type"]),
+        *STATED, "act_fn", "add_attention", "attn_norm_num_groups", "center_input_sample",
+        "class_embed_type", "mid_block_scale_factor", "resnet_time_scale_shift",
+        "time_embedding_type"]),
     ("config.json", dict(layers_per_block=2), "is missing"),
     ("config.json", dict(block_out_channels=[8, 24]), "size mismatch"),
     ("config.json", dict(block_out_channels=[]), "damaged"),
