@@ -128,15 +128,12 @@ def least_loss(images: np.ndarray, labels: np.ndarray | None, config: Config,
 def nearest(images: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """‖x − x_i‖/√D to the nearest x_i of `training`, in pixels of [-1, 1], and its index i.
 
-    Both uint8, (…, H, W, C): whole numbers, so the distance between equal images is exactly 0.
+    Both uint8, (…, H, W, C).
     """
-    x, squared = images.reshape(len(images), -1).astype(np.float64), []
-    at_once = max(1, 2 ** 23 // x.shape[1])
-    for first in range(0, len(training), at_once):
-        x_i = training[first:first + at_once].reshape(-1, x.shape[1]).astype(np.float64)
-        squared.append((x ** 2).sum(1)[:, None] - 2 * x @ x_i.T + (x_i ** 2).sum(1))
-    squared = np.concatenate(squared, axis=1)
-    return np.sqrt(squared.min(1) / x.shape[1]) / 127.5, squared.argmin(1)
+    x, x_i = (torch.from_numpy(part.reshape(len(part), -1)).double() for part in (images, training))
+    each = torch.cdist(x, x_i, compute_mode="donot_use_mm_for_euclid_dist")    # 0 means equal, then
+    distance, index = each.min(dim=1)
+    return (distance / x.shape[1] ** 0.5 / 127.5).numpy(), index.numpy()
 
 
 def draw_perfectly(net, config: Config, images: np.ndarray, labels: np.ndarray | None,

@@ -6,7 +6,6 @@ PyTorch, batched, on any device; test_math.py holds each step against the NumPy 
 network that ships.  `python sample.py --sampler dpm --steps 20` does so in two seconds.
 """
 import math
-import os
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -241,7 +240,8 @@ def main():
     path = sampling.weights or (LAST if LAST.exists() else SHIPPED)
     net, config = load_network(path, device)
     labels, known = labels_for(sampling, config.num_classes), None
-    columns = config.num_classes if sampling.label == "all" else math.ceil(sampling.n ** 0.5)
+    columns = config.num_classes if sampling.label == "each" else 0
+    columns = columns or math.ceil(sampling.n ** 0.5)
     if sampling.keep:
         originals, _ = held_out_images(sampling.data, config, sampling.n, sampling.n)
         known = to_batch(torch.from_numpy(originals).to(device))
@@ -251,13 +251,11 @@ def main():
         sampling = replace(sampling, n=len(known))
     print(f"{path} on {device}: {sampling.sampler}, {min(config.T, sampling.steps)} steps"
           f"{' (the network has no more)' if sampling.steps > config.T else ''}")
-    with atomic_write(os.path.realpath(out)) as file:            # follows links
+    with atomic_write(out) as file:
         frames = draw_images(net, config, sampling, labels, known, Progress(sampling.n))
         if out.suffix == ".npz":
-            arrays = dict(images=frames[-1] if frames[-1].shape[3] == 3 else frames[-1][..., 0])
-            if labels is not None and sampling.guidance and labels.max() < config.num_classes:
-                arrays["labels"] = labels
-            np.savez_compressed(file, **arrays)
+            followed = labels is not None and sampling.guidance and max(labels) < config.num_classes
+            np.savez_compressed(file, images=frames[-1], **dict(labels=labels) if followed else {})
         else:
             frames = [completion_rows(originals, kept, f) if sampling.keep else f for f in frames]
             file.write(encode_png([image_grid(frame, columns) for frame in frames]))

@@ -41,7 +41,7 @@ from posterior import A1, A2, C, beta_tilde, kl, reverse_mean, reverse_step
 from support import forward
 from support.config import Config, Sampling
 from support.data import split
-from support.devices import SharedGenerator
+from support.devices import standard_normal
 from support.run import Run
 from unet import UNet
 
@@ -1103,7 +1103,7 @@ def test_algorithm_1_is_its_six_lines():
     for step, loss in zip((1, 2, 3), loop):
         rng, ((x0, _), label) = run.rng(step), data[step]
         t = train.stratified_t(5, 10, rng).numpy()
-        eps = rng.standard_normal(x0.shape).double().numpy()
+        eps = standard_normal(x0.shape, rng).double().numpy()
         x_t = ddpm.q_sample(x0, t.reshape(-1, 1, 1, 1), eps, schedule)
         eps_hat = w[t].reshape(-1, 1, 1, 1) * x_t
         near32(loss, ddpm.l_simple(eps, eps_hat), condition=3)
@@ -1141,7 +1141,7 @@ def test_training_on_gaussian_data_reaches_the_floor_and_not_below():
     run = bare_run(Linear(1000), torch.optim.Adam, 0.05, steps=400, warmup=10)
 
     def next_batch(step):
-        return SharedGenerator(step).standard_normal((1000, 1, 2, 2)), None
+        return torch.randn(1000, 1, 2, 2, generator=torch.Generator().manual_seed(step)), None
     for _ in zip(range(400), train.algorithm_1(run, run.net, next_batch,
                                                forward.on_device(PAPER, "cpu"))):
         pass
@@ -1155,19 +1155,24 @@ def test_training_on_gaussian_data_reaches_the_floor_and_not_below():
 @given(st.integers(1, 64), st.integers(1, 3))
 def test_several_processes_draw_what_one_draws(count, world):
     """Ho Algorithm 1, lines 2 to 4: the parts of all processes, dealt in turn, are one's whole."""
-    one = SharedGenerator(7)
-    parts = [SharedGenerator(7, part=(rank, world)) for rank in range(world)]
-    for numbers in (lambda rng, n: rng.integers(10, n), lambda rng, n: rng.uniform(n),
-                    lambda rng, n: train.stratified_t(n, 1000, rng),
-                    lambda rng, n: rng.standard_normal((n, 2, 3))):
-        whole, dealt = numbers(one, count * world), [numbers(rng, count) for rng in parts]
-        assert torch.equal(torch.stack(dealt, 1).reshape(whole.shape), whole)
+    images, config = np.arange(50 * 3, dtype=np.uint8).reshape(50, 1, 1, 3), Config(flip=True)
+
+    def drawn(rank, processes):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RANK", str(rank)), patch.setenv("WORLD_SIZE", str(processes))
+            rng, n = torch.Generator().manual_seed(7), count * world // processes
+            next_batch = train.batches(images, np.arange(50), replace(config, batch=count * world),
+                                       torch.device("cpu"))
+            return [train.stratified_t(n, 1000, rng), standard_normal((n, 2, 3), rng),
+                    *next_batch(1)]
+    for one, *parts in zip(drawn(0, 1), *(drawn(rank, world) for rank in range(world))):
+        assert torch.equal(torch.stack(parts, 1).reshape(one.shape), one)
 
 
 @given(st.integers(1, 300), st.sampled_from([1, 2, 10, 1000]), st.integers(0, 10**6))
 def test_t_is_drawn_from_1_to_T(count, T, seed):
     """Ho Algorithm 1, line 3: every t in 1..T, and T too; the k-th draw is in the k-th part."""
-    t = train.stratified_t(count, T, SharedGenerator(seed)).numpy()
+    t = train.stratified_t(count, T, torch.Generator().manual_seed(seed)).numpy()
     assert t.min() >= 1 and t.max() <= T and len(t) == count
     assert np.all(np.abs((t - 0.5) / T - (np.arange(count) + 0.5) / count)
                   <= 0.5 / T + 0.5 / count + 1e-6)
@@ -1175,8 +1180,8 @@ def test_t_is_drawn_from_1_to_T(count, T, seed):
 
 def test_the_largest_uniform_is_still_a_time(monkeypatch):
     """Ho Algorithm 1, line 3: u may round up to 1 in float32, and t = T + 1 is in no table."""
-    monkeypatch.setattr(torch, "rand", lambda shape, **to: torch.full(shape, 1 - 2.0 ** -24))
-    assert train.stratified_t(64, 1000, SharedGenerator(0))[-1] == 1000
+    monkeypatch.setattr(torch, "rand", lambda n, **to: torch.full((n,), 1 - 2.0 ** -24))
+    assert train.stratified_t(64, 1000, torch.Generator())[-1] == 1000
 
 
 def test_every_t_is_equally_likely():
@@ -1185,8 +1190,8 @@ def test_every_t_is_equally_likely():
     Six standard errors of 0.0021: a false alarm once in 10⁸; a t that is never drawn, or drawn by
     an eighth too often, is found.
     """
-    noise = SharedGenerator(0)
-    t = torch.cat([train.stratified_t(3, 10, noise) for _ in range(20000 // 3)])
+    rng = torch.Generator().manual_seed(0)
+    t = torch.cat([train.stratified_t(3, 10, rng) for _ in range(20000 // 3)])
     fractions = np.bincount(t.numpy(), minlength=11)[1:] / len(t)
     assert np.all(np.abs(fractions - 0.1) < 6 * math.sqrt(0.09 / 20000))
 

@@ -21,11 +21,11 @@ from sample import draw_images
 from support.config import PRESETS, Config, Sampling, add_options, given
 from support.console import SIGPIPE, Progress, on_stop, run_script
 from support.data import split, to_batch, to_pixels
-from support.devices import (SharedGenerator, autocast, graphed, over_all, precision, processes,
-                             seed_from, start_processes)
+from support.devices import (autocast, graphed, over_all, precision, processes, seed_from, shared,
+                             standard_normal, start_processes)
 from support.forward import on_device, q_sample, schedule_from
 from support.pictures import image_grid, write_png
-from support.run import CHECKPOINT, NETWORK, Run, alone_in, last_good, open_run
+from support.run import CHECKPOINT, NETWORK, Run, last_good, lock, open_run
 from unet import parameters
 
 LOG_EVERY = 10              # steps: to read the loss is to wait for the device
@@ -43,7 +43,7 @@ def algorithm_1(run: Run, eps_theta: Callable, next_batch: Callable,
         rng = run.rng(step)                                          #      (this step's numbers)
         x0, label = next_batch(step)                                 # 2:   x_0 ~ q(x_0)
         t = stratified_t(len(x0), schedule.T, rng)                   # 3:   t ~ Uniform({1, …, T})
-        eps = rng.standard_normal(x0.shape)                          # 4:   ε ~ N(0, I)
+        eps = standard_normal(x0.shape, rng)                         # 4:   ε ~ N(0, I)
         x_t = q_sample(x0, t, eps, schedule)                         # 5:   take a gradient step on
         loss = l_simple(eps, eps_theta(x_t, t, label))               #        ∇_θ ‖ε − ε_θ(x_t, t)‖²
         run.net.zero_grad()
@@ -55,12 +55,16 @@ def algorithm_1(run: Run, eps_theta: Callable, next_batch: Callable,
         yield loss.detach()                                          # 6: until converged
 
 
-def stratified_t(n: int, T: int, rng: SharedGenerator) -> Tensor:
-    """t ~ Uniform({1, …, T}), but stratified: one t from each of `n` equal parts of the range.
+def stratified_t(n: int, T: int, rng: torch.Generator) -> Tensor:
+    """t ~ Uniform({1, …, T}), but stratified: one t from each of as many equal parts of the range
+    as the whole batch has images.
 
     The expected loss is that of independent t, and it varies less: better digits, sooner.
     """
-    return (rng.stratified(n) * T).long().clamp(max=T - 1) + 1
+    batch = n * processes()[1]
+    u = torch.rand(batch, generator=rng, device=rng.device)
+    u = (torch.arange(batch, device=rng.device) + u) / batch
+    return shared((u * T).long().clamp(max=T - 1) + 1)
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -102,9 +106,11 @@ def batches(images: np.ndarray, labels: np.ndarray | None, config: Config,
         return part.to(device, non_blocking=device.type == "cuda")
 
     def next_batch(step):
-        rng = SharedGenerator(seed_from("data", config.seed, step))           # on the host
-        rows = training[rng.integers(len(training), config.batch // rng.world).numpy()]
-        flip, drop = rng.uniform(len(rows)) < 0.5, rng.uniform(len(rows)) < config.p_uncond
+        rng = torch.Generator().manual_seed(seed_from("data", config.seed, step))     # on the host
+        chosen = shared(torch.randint(len(training), (config.batch,), generator=rng))
+        flip, drop = (shared(torch.rand(config.batch, generator=rng)) < share
+                      for share in (0.5, config.p_uncond))
+        rows = training[chosen.numpy()]
         x0 = to_batch(moved(torch.from_numpy(images[rows])))
         if config.flip:
             x0 = torch.where(moved(flip)[:, None, None, None], x0.flip(3), x0)
@@ -217,7 +223,7 @@ def main():
     compile, deterministic = (named.pop(name, False) for name in ("compile", "deterministic"))
     device = start_processes(named.pop("device", None), deterministic)
     run, images, labels = open_run(out, device, named, resume)
-    with alone_in(out):
+    with lock(out):
         if processes()[0] == 0:
             run.write_log(out)              # fails now if the folder cannot be written
         announce(run, images, labels)

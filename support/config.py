@@ -112,8 +112,8 @@ class Sampling:
     clip: bool = setting(True, "keep the predicted x0 in [-1, 1]")
     guidance: float = setting(1.0, "0 ignores the label, 1 follows it, more exaggerates it", 0.0,
                               100.0)
-    label: str = setting("random", "a class; all: a column for each; none; or random: all equally "
-                         "often, shuffled (with --keep: none)")
+    label: str = setting("each", "a class; none; or each: the classes in turn, a column for each, "
+                         "and with --keep none")
     keep: str | None = setting(None, "keep a part of held-out images, complete each in four ways",
                                choices=("left", "right", "top", "bottom", "centre", "coarse"))
     resample: int = setting(1, "with --keep: how often each step is taken", 1, 1000)
@@ -125,7 +125,7 @@ class Sampling:
     animate: bool = setting(False, "every x_t from x_T to x_0, in an animated PNG")
     data: str | None = setting(None, "with --keep: where the held-out images are from (training)")
     device: str | None = setting(None, "cuda, mps or cpu; by default the best one here")
-    seed: int = setting(0, "of the noise, and of the order of the labels", 0, 2**62)
+    seed: int = setting(0, "of the noise", 0, 2**62)
 
     def __post_init__(self):
         check(self)

@@ -5,7 +5,6 @@ is believed only after it was compared with the bytes that are there, and nothin
 """
 import contextlib
 import gzip
-import math
 import struct
 import warnings
 import zipfile
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 DIGITS = Path(__file__).resolve().parents[1] / "assets" / "digits.npz"
-LARGEST = 4 << 30              # bytes that a file may unpack to; an .npy is read in place instead
+LARGEST = 4 << 30              # bytes that an .npz may unpack to; an .npy is read in place instead
 # What the two arrays of an .npz are called, in the order of preference.
 NAMES = (("images", "labels"), ("x_train", "y_train"), ("train_images", "train_labels"))
 
@@ -127,22 +126,16 @@ def read_npy(path: Path) -> tuple[np.ndarray, None]:
 
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """The images and labels of an .npz: by name, or, under other names, the only ones that fit."""
-    with parsing(path, "an .npz file"), zipfile.ZipFile(path) as archive:
+    """The images and labels of an .npz, by their names."""
+    with parsing(path, "an .npz of images"), zipfile.ZipFile(path) as archive:
         if sum(member.file_size for member in archive.infolist()) > LARGEST:
             raise ValueError("it is too large: save the images as .npy, which is read in place")
         with np.load(path) as arrays:
             for images, labels in NAMES:
                 if images in arrays:
                     return arrays[images], arrays[labels] if labels in arrays else None
-            found = {name: arrays[name] for name in arrays}
-    images = [a for a in found.values() if a.dtype == np.uint8 and a.ndim in (3, 4)]
-    labels = [a for a in found.values() if a.ndim < 3]
-    if len(images) != 1 or len(labels) > 1:
-        listed = ", ".join(f"{name}: {a.dtype} {a.shape}" for name, a in found.items())
-        raise ValueError(f"{path} holds {listed or 'nothing'}: save the images as `images` and "
-                         "their labels as `labels`")
-    return images[0], labels[0] if labels else None
+            raise ValueError(f"it holds {', '.join(arrays) or 'nothing'}: save the images as "
+                             "`images` and their labels as `labels`")
 
 
 def read_idx(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -163,9 +156,4 @@ def idx_array(path: Path) -> np.ndarray:
         if start[:3] != b"\0\0\x08" or start[3:] not in (b"\x01", b"\x03"):
             raise ValueError("it does not begin like one; READING.md has recipes for other formats")
         shape = struct.unpack(f">{start[3]}I", file.read(4 * start[3]))
-        size = math.prod(shape)
-        body = bytearray(file.read(size + 1) if size <= LARGEST else b"")
-        if len(body) != size:
-            raise ValueError(f"{shape} does not fit what follows, or is too large: save the images "
-                             "as .npy, which is read in place")
-        return np.frombuffer(body, np.uint8).reshape(shape)
+        return np.frombuffer(bytearray(file.read()), np.uint8).reshape(shape)

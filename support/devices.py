@@ -109,33 +109,13 @@ def seed_from(use: str, *key: int) -> int:
     return int(np.random.SeedSequence((*use.encode(), *key)).generate_state(1)[0])
 
 
-class SharedGenerator:
-    """Random numbers of which each process keeps its part: together they are those of one process.
+def shared(whole: Tensor) -> Tensor:
+    """This process's part of a batch that every process has drawn whole: together they are one."""
+    rank, world = processes()
+    return whole[rank::world]
 
-    All processes draw the numbers of the whole batch; `count` is how many of them this one keeps.
-    """
 
-    def __init__(self, seed: int, device="cpu", part: tuple[int, int] | None = None):
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.rank, self.world = part or processes()
-
-    def _part(self, draw, *shape) -> Tensor:
-        whole = draw((shape[0] * self.world, *shape[1:]), generator=self.generator,
-                     device=self.generator.device)
-        return whole[self.rank::self.world]
-
-    def integers(self, high: int, count: int) -> Tensor:
-        """0 .. high − 1, all equally likely."""
-        return self._part(lambda shape, **to: torch.randint(high, shape, **to), count)
-
-    def uniform(self, count: int) -> Tensor:
-        return self._part(torch.rand, count)
-
-    def stratified(self, count: int) -> Tensor:
-        """Uniform in [0, 1), one from each of as many equal parts as all processes draw."""
-        whole = count * self.world
-        parts = torch.arange(self.rank, whole, self.world, device=self.generator.device)
-        return (parts + self.uniform(count)) / whole
-
-    def standard_normal(self, shape) -> Tensor:
-        return self._part(torch.randn, *shape)
+def standard_normal(shape, rng: torch.Generator) -> Tensor:
+    """ε ~ N(0, I), of this shape: what this process takes of the whole batch's noise."""
+    count, *image = shape
+    return shared(torch.randn(count * processes()[1], *image, generator=rng, device=rng.device))

@@ -26,28 +26,20 @@ def image_noise(seed: int, indices: range, shape: tuple, device) -> Callable[[],
 
 
 def labels_for(sampling: Sampling, num_classes: int) -> np.ndarray | None:
-    """The label of each image: a class, a column for each, none, or all equally often, shuffled.
+    """The label of each image: 0, 1, … in turn, or all the same; num_classes stands for none.
 
     Raises ValueError for a label that the network does not know.
     """
-    n, label = sampling.n, sampling.label
-    label = "none" if label == "random" and sampling.keep else label
+    label = "none" if sampling.label == "each" and sampling.keep else sampling.label
     if not num_classes:
-        if label not in ("random", "none") or sampling.guidance != 1:
+        if label not in ("each", "none") or sampling.guidance != 1:
             raise ValueError("this network knows no labels: leave --label and --guidance out")
         return None
-    if label == "all":
-        if n % num_classes:
-            raise ValueError(f"-n must be a multiple of {num_classes} for --label all, not {n}")
-        return np.arange(n) % num_classes
-    if label == "random":
-        rounds = [np.random.default_rng((sampling.seed, i, 1)).permutation(num_classes)
-                  for i in range(-(-n // num_classes))]
-        return np.concatenate(rounds)[:n]
+    if label == "each":
+        return np.arange(sampling.n) % num_classes
     if label != "none" and not (label.isdecimal() and int(label) < num_classes):
-        raise ValueError(f"--label must be 0 .. {num_classes - 1}, all, none or random, "
-                         f"not {label!r}")
-    return np.full(n, num_classes if label == "none" else int(label))
+        raise ValueError(f"--label must be 0 .. {num_classes - 1}, each or none, not {label!r}")
+    return np.full(sampling.n, num_classes if label == "none" else int(label))
 
 
 def projection(keep: str, height: int, width: int) -> Callable[[Tensor], Tensor]:

@@ -1,6 +1,5 @@
 """Pictures and files out: sheets, PNG and animated PNG; each is written whole or not at all."""
 import contextlib
-import errno
 import os
 import struct
 import zlib
@@ -23,28 +22,22 @@ def to_pictures(x_t) -> np.ndarray:
 def atomic_write(path: str | Path):
     """A binary file that appears at `path` complete or never: written beside, flushed, renamed.
 
-    Links are replaced, not followed.  What is no regular file, such as a pipe, is written to as it
-    is.
+    What lies at `path` is replaced, links too.  Raises ValueError for a folder, a pipe, a device.
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a folder; name a file", str(path))
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file: name another")
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = path.is_symlink() or path.is_file() or not path.exists()
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part") if plain else path
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        if plain:
-            beside.unlink(missing_ok=True)
-        with open(beside, "xb" if plain else "wb") as file:
+        beside.unlink(missing_ok=True)
+        with open(beside, "xb") as file:
             yield file
             file.flush()
-            if plain:
-                os.fsync(file.fileno())
-        if plain:
-            os.replace(beside, path)
+            os.fsync(file.fileno())
+        os.replace(beside, path)
     except BaseException as error:
-        if plain:
-            beside.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(beside)):
             error.filename = str(path)
         raise

@@ -2,7 +2,6 @@
 import contextlib
 import copy
 import json
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from support.config import PRESETS, Config
 from support.data import DIGITS, fingerprint, load, parsing
-from support.devices import SharedGenerator, processes, seed_from
+from support.devices import processes, seed_from
 from support.muon import optimizers
 from support.pictures import atomic_write
 from support.weights import config_from, read_tensors, write_tensors
@@ -37,12 +36,12 @@ class Run:
         self.optimizers = optimizers(self.net, config.lr, config.beta2, config.muon_lr)
         self.step, self.log = 0, []         # (step, mean loss of the steps since the last entry)
 
-    def rng(self, step: int) -> SharedGenerator:
+    def rng(self, step: int) -> torch.Generator:
         """The random numbers of one step.  They follow from the seed and the step alone, dropout's
         too, so a run that goes on needs no state of them.
         """
         torch.manual_seed(seed_from("dropout", self.config.seed, step, processes()[0]))
-        return SharedGenerator(seed_from("noise", self.config.seed, step), self.device)
+        return torch.Generator(self.device).manual_seed(seed_from("noise", self.config.seed, step))
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint holds, the live tensors themselves, under flat names."""
@@ -99,26 +98,26 @@ class Run:
             file.write("".join(["step,loss\n", *rows]).encode())
 
 
-@contextlib.contextmanager
-def alone_in(folder: Path):
-    """No other run may work in the folder.  Raises ValueError if one does.
+def lock(folder: Path):
+    """An open file: until it is closed, or its process ends, no other run may begin in the folder.
 
-    The system takes the lock away with the process, however that ends.
+    Raises ValueError if one is at work there.
     """
-    with contextlib.ExitStack() as stack:
-        if fcntl and processes()[0] == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:                           # some file systems have no locks
-                if isinstance(error, BlockingIOError):
-                    raise ValueError(f"another run is at work in {folder}: wait for its end, or "
-                                     "name another folder with --out") from None
-            for left in folder.glob(".*.safetensors.*.part"):  # by a run that was killed
-                left.unlink()
-        yield
+    if processes()[0] > 0:
+        return contextlib.nullcontext()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "wb")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError):                 # others: a file system without locks
+            file.close()
+            raise ValueError(f"another run is at work in {folder}: wait for its end, or name "
+                             "another folder with --out") from None
+    for left in folder.glob(".*.safetensors.*.part"):                  # by a run that was killed
+        left.unlink()
+    return file
 
 
 def last_good(folder: Path) -> str:

@@ -27,7 +27,7 @@ from support.config import Config
 from support.console import on_stop
 from support.devices import seed_from
 from support.pictures import atomic_write
-from support.run import Run, alone_in, open_run
+from support.run import Run, lock, open_run
 from support.weights import read_tensors, write_tensors
 
 ROOT, CPU = Path(__file__).resolve().parents[1], torch.device("cpu")
@@ -183,10 +183,10 @@ def test_a_folder_has_one_run_at_a_time(trained, call):
     Path("run").mkdir(), Path("elsewhere").write_bytes(before)
     Path("run/checkpoint.safetensors").symlink_to("../elsewhere")
     argv = ["--resume", "--out", "run", "--steps", 110, "--device", "cpu"]
-    with alone_in(Path("run")):
+    with lock(Path("run")):
         status, text, errors = call(train, *argv)
     assert status == 2 and "another run is at work in run: wait" in errors and not text
-    assert [*Path("run").iterdir()] == [Path("run/checkpoint.safetensors")]
+    assert {path.name for path in Path("run").iterdir()} == {".lock", "checkpoint.safetensors"}
     assert call(train, *argv)[0] == 0 and Path("elsewhere").read_bytes() == before
     assert step_of("run") == 110
 
@@ -224,7 +224,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(trained, call):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert status == 2 and "network.safetensors: File too large" in errors
     after = contents(".")
-    after.pop("log.csv")
+    del after["log.csv"], after[".lock"]
     assert after == before and errors.count("\n") == 1
 
 
