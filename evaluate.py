@@ -29,44 +29,32 @@ from support.weights import load_network
 # ── The bound ─────────────────────────────────────────────────────────────────────────────────────
 
 @torch.no_grad()
-def squared_errors(predict: Callable, schedule: Schedule, x0: Tensor, seed: int, each: int):
-    """‖ε − ε_θ(x_t, t)‖² of `each` random images for every t > 1; x_1 and ε_θ(x_1, 1) of all.
-
-    predict(x_t, t, i): ε_θ for images i of x0 (N, C, H, W).  Returns (T+1, each), x_1, ε_θ.
-    """
-    tables = on_device(schedule, x0.device)
-    progress = Progress(schedule.T, first=1, images=each)
-    generator = torch.Generator(x0.device).manual_seed(seed)
-
-    def noisy(i, t):
-        eps = torch.randn(x0[i].shape, device=x0.device, generator=generator)
-        x_t = q_sample(x0[i], t, eps, tables)
-        return eps, x_t, predict(x_t, torch.full((len(x_t),), t, device=x0.device), i)
-
-    errors = np.zeros((schedule.T + 1, each))
-    for t in range(2, schedule.T + 1):
-        i = torch.randint(len(x0), (each,), device=x0.device, generator=generator)
-        eps, _, eps_hat = noisy(i, t)
-        errors[t] = (eps - eps_hat).square().mean((1, 2, 3)).cpu().numpy()
-        progress(t, f"the bound: t = {t} of {schedule.T}")
-    _, x_1, eps_hat = noisy(torch.arange(len(x0), device=x0.device), 1)
-    return errors, x_1.cpu().double().numpy(), eps_hat.cpu().double().numpy()
-
-
 def bound(predict: Callable, schedule: Schedule, x0: Tensor, seed: int = 0, each: int = 32) -> dict:
     """L_T, Σ_{t>1} L_{t−1}, L_0 in bits per dimension, with Monte Carlo errors           Ho (5), V7
 
-    L_{t−1} is estimated from `each` images for each t, L_0 from all, L_T exactly.
+    predict(x_t, t, i): ε_θ for images i of x0 (N, C, H, W).  L_{t−1} is estimated from `each`
+    random images for each t, L_0 from all, L_T exactly.
     Returns {variance: {term: (mean, standard error)}}, for σ_t² = β_t and β̃_t.
     """
-    errors, x_1, eps_hat = squared_errors(predict, schedule, x0, seed, each)
-    clean, t, terms = x0.cpu().double().numpy(), np.arange(2, schedule.T + 1), {}
-    mean_0 = posterior.reverse_mean(x_1, eps_hat, 1, schedule)
+    tables, to = on_device(schedule, x0.device), dict(device=x0.device)
+    rng, errors = torch.Generator(**to).manual_seed(seed), np.zeros((schedule.T + 1, each))
+    progress = Progress(schedule.T, images=each)
+    for t in range(schedule.T, 0, -1):
+        i = (torch.randint(len(x0), (each,), generator=rng, **to) if t > 1
+             else torch.arange(len(x0), **to))
+        eps = torch.randn(x0[i].shape, generator=rng, **to)
+        x_t = q_sample(x0[i], t, eps, tables)
+        eps_hat = predict(x_t, torch.full((len(x_t),), t, **to), i)
+        if t > 1:
+            errors[t] = (eps - eps_hat).square().mean((1, 2, 3)).cpu().numpy()
+        progress(schedule.T - t + 1, f"the bound: t = {t}")
+    clean, x_1, eps_1 = (array.cpu().double().numpy() for array in (x0, x_t, eps_hat))
+    mean_0 = posterior.reverse_mean(x_1, eps_1, 1, schedule)
+    t, terms = np.arange(2, schedule.T + 1), {}
     for variance in ("beta", "beta_tilde"):
         sigma2 = posterior.reverse_variance(variance, schedule)
         C_t = posterior.C(t, sigma2[t], schedule)
-        constant = posterior.matching_constant(t, sigma2[t], schedule)
-        matching = C_t * errors[t].mean(1) + constant
+        matching = C_t * errors[t].mean(1) + posterior.matching_constant(t, sigma2[t], schedule)
         error = np.sqrt((C_t ** 2 * errors[t].var(1, ddof=1) / each).sum())
         l_0 = posterior.L_0(clean, mean_0, sigma2[1]).mean((1, 2, 3)) / np.log(2)
         terms[variance] = {

@@ -25,7 +25,7 @@ from support.devices import (autocast, graphed, over_all, precision, processes, 
                              standard_normal, start_processes)
 from support.forward import on_device, q_sample, schedule_from
 from support.pictures import image_grid, write_png
-from support.run import CHECKPOINT, NETWORK, Run, last_good, lock, open_run
+from support.run import CHECKPOINT, NETWORK, Run, lock, open_run
 from unet import parameters
 
 LOG_EVERY = 10              # steps: to read the loss is to wait for the device
@@ -153,7 +153,8 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
             continue
         mean = over_all(torch.stack(losses).mean(), run.device).item() / world
         if not np.isfinite(mean):
-            raise ValueError(f"the loss is {mean} at step {run.step}{last_good(folder)}")
+            raise ValueError(f"the loss is {mean} at step {run.step}: a smaller --lr or --muon-lr "
+                             "may help")
         run.log.append((run.step, mean))
         losses.clear()
         try:

@@ -30,8 +30,7 @@ def on_stop(handle: Callable):
 
 def refuse(message: object):
     """One line on stderr, and the end with status 2."""
-    if not int(os.environ.get("LOCAL_RANK", 0)):               # one line for each machine
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
 
 

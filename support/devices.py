@@ -82,17 +82,12 @@ def start_processes(name: str | None, deterministic: bool) -> torch.device:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    several = processes()[1] > 1
-    if several and name is None:                   # each its own GPU; without GPUs all the CPU
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if 0 < gpus < here:
-            raise ValueError(f"{here} processes need as many GPUs, and this machine has {gpus}")
-        name = f"cuda:{os.environ['LOCAL_RANK']}" if gpus else "cpu"
-    device = choose_device(name)
-    if several:
-        cuda = device.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-        atexit.register(dist.destroy_process_group)
+    if processes()[1] == 1:
+        return choose_device(name)
+    own = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    device = choose_device(name or own)                     # without GPUs all share the CPU
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)
     return device
 
 

@@ -79,7 +79,8 @@ class Run:
         Each is written whole or not at all, and never weights that are not finite.
         """
         if not all(torch.isfinite(p).all() for p in self.net.parameters()):
-            raise ValueError(f"the weights are not finite at step {self.step}{last_good(folder)}")
+            raise ValueError(f"the weights are not finite at step {self.step}: "
+                             "a smaller --lr or --muon-lr may help")
         if processes()[0] > 0:
             return
         self.write_log(folder)
@@ -118,12 +119,6 @@ def lock(folder: Path):
     for left in folder.glob(".*.safetensors.*.part"):                  # by a run that was killed
         left.unlink()
     return file
-
-
-def last_good(folder: Path) -> str:
-    """The end of a message that a run had to stop: the checkpoint that is left, if any."""
-    path = folder / CHECKPOINT
-    return f"; {path} is of an earlier step" if path.exists() else ""
 
 
 def open_run(folder: Path, device: torch.device, named: dict, resume: bool) -> tuple:

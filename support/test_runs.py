@@ -239,7 +239,7 @@ def test_numbers_that_are_none_stop_the_run(name, says, trained, call):
         write_tensors(file, tensors, metadata | dict(config=json.dumps(config)))
     before = Path("checkpoint.safetensors").read_bytes()
     status, _, errors = call(train, "--resume", "--steps", 120, "--out", ".", "--device", "cpu")
-    assert status == 2 and f"{says}; checkpoint.safetensors is of an earlier step" in errors
+    assert status == 2 and f"{says}: a smaller --lr or --muon-lr may help" in errors
     assert Path("checkpoint.safetensors").read_bytes() == before
 
 
@@ -268,9 +268,9 @@ def test_two_processes_are_one(tiny, call, tmp_path):
         open_run(Path("three"), CPU, dict(data=str(tiny), batch=16), resume=False)
 
 
-def test_the_second_process_saves_and_says_nothing_and_drops_others(call, tmp_path, monkeypatch):
-    """Many devices: rank 1 writes no file and repeats no refusal, and its dropout is another than
-    rank 0's; so is that of another step, and of another seed.  Each use has a seed of its own.
+def test_the_second_process_saves_nothing_and_drops_others(tmp_path, monkeypatch):
+    """Many devices: rank 1 writes no file, and its dropout is another than rank 0's; so is that of
+    another step, and of another seed.  Each use has a seed of its own.
     """
     masks = set()
     for step, seed, rank in ((5, 0, "0"), (6, 0, "0"), (5, 1, "0"), (5, 0, "1")):
@@ -281,14 +281,6 @@ def test_the_second_process_saves_and_says_nothing_and_drops_others(call, tmp_pa
     run.save(tmp_path / "out")
     assert not (tmp_path / "out").exists() and len(masks) == 4
     assert len({seed_from(use, 0, 1) for use in ("data", "noise", "dropout")}) == 3
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert call(train, "--T", "x") == call(train, "--T", 0) == (2, "", "")
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"),
-                        ("LOCAL_WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert call(train) == (2, "", "train.py: 2 processes need as many GPUs, and this machine has "
-                           "1\n")
 
 
 @settings(max_examples=int(os.environ.get("TRIES", 150)) // 5)
