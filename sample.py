@@ -164,7 +164,7 @@ def completed(step: Callable, known: Tensor, project: Callable, schedule: Schedu
 
 # ── Whole images ──────────────────────────────────────────────────────────────────────────────────
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(net: UNet, config: Config, sampling: Sampling, indices: range, label=None,
              known=None) -> Iterator[tuple]:
     """Algorithm 2 for the images `indices`: each x_t (B, C, H, W), with x̂_0            Algorithm 2

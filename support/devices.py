@@ -2,6 +2,7 @@
 import atexit
 import ctypes
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -61,9 +62,8 @@ def graphed(predict: Callable, device: torch.device, batch: int, config,
     """
     if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         return predict
-    training = torch.is_grad_enabled()
-    with (torch.inference_mode(False), torch.set_grad_enabled(training),
-          autocast(device, config.float32)):
+    warnings.filterwarnings("ignore", "The AccumulateGrad node")     # is of the stream of capturing
+    with autocast(device, config.float32):
         x_t = torch.zeros(batch, *config.image_shape, device=device)
         t, label = (torch.ones(batch, dtype=torch.long, device=device) for _ in range(2))
         inputs = (x_t, t, label) if labelled else (x_t, t)
