@@ -39,11 +39,8 @@ def schedule_of(beta: np.ndarray) -> Schedule:
     array([1.  , 0.5 , 0.25])
     """
     beta = np.asarray(beta, dtype=np.float64)
-    if beta.ndim != 1 or len(beta) < 1:
-        raise ValueError("a schedule needs T >= 1 steps: give beta_1 .. beta_T in one list")
-    if not np.all((0 < beta) & (beta < 1)):
-        raise ValueError("each beta must lie inside (0, 1); "
-                         f"these go from {beta.min()} to {beta.max()}")
+    if beta.ndim != 1 or not beta.size or not np.all((0 < beta) & (beta < 1)):
+        raise ValueError(f"beta_1 .. beta_T must be one or more, each inside (0, 1), not {beta}")
     beta = np.concatenate([[0.0], beta])
     log_alpha_bar = np.cumsum(log1p(-beta))
     return Schedule(beta, 1 - beta, exp(log_alpha_bar), -expm1(log_alpha_bar))

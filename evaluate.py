@@ -5,7 +5,6 @@ training images, and with yours, from the same noise; it prints the three terms 
 held-out images, and how near what is drawn comes to the images of the training.
 """
 import copy
-from argparse import ArgumentParser
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,7 +16,7 @@ import ddpm
 import posterior
 from ddpm import Schedule
 from sample import LAST, SHIPPED, draw_images
-from support.config import Config, Sampling, add_options, given
+from support.config import Config, Sampling, options
 from support.console import Progress, run_script
 from support.data import DIGITS, fingerprint, held_out_images, load, split, to_batch, to_pixels
 from support.devices import autocast, choose_device
@@ -152,9 +151,8 @@ def draw_perfectly(net, config: Config, images: np.ndarray, labels: np.ndarray |
 
 
 def main():
-    parser = ArgumentParser(description=__doc__.split("\n\n")[1])
-    add_options(parser, Sampling, "weights", "data", "device")
-    chosen = Sampling(**given(parser.parse_args()))
+    parser = options(__doc__.split("\n\n")[1], Sampling, "weights", "data", "device")
+    chosen = Sampling(**vars(parser.parse_args()))
     path = chosen.weights or (LAST if LAST.exists() else SHIPPED)
     net, config = load_network(path, choose_device(chosen.device))
     most = max(2, 2 ** 21 // np.prod(config.image_shape))     # so many fit into 16 MB of float64
@@ -164,10 +162,9 @@ def main():
         raise ValueError(f"the network was trained with labels 0 .. {config.num_classes - 1}, and "
                          "these images have others")
     seen = fingerprint(images, labels) == config.fingerprint
-    training = split(len(images))[0][:40 * most]
-    images, labels = images[training], None if labels is None else labels[training]
+    training = split(len(images))[0][:4 * most]
     print(f"{path} on {next(net.parameters()).device}")
-    draw_perfectly(net, config, images[:4 * most], None if labels is None else labels[:4 * most],
+    draw_perfectly(net, config, images[training], None if labels is None else labels[training],
                    unseen[0][:10])
     if not seen and chosen.data is None:
         return print(f"no bound: {path} was trained on other images than the digits in assets/: "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ddpm import Schedule, respaced, snr, times
 from posterior import beta_tilde
-from support.config import Config, Sampling, add_options, given
+from support.config import Config, Sampling, options
 from support.console import Progress, run_script
 from support.data import DIGITS, held_out_images, to_batch
 from support.devices import autocast, choose_device, graphed
@@ -221,21 +221,12 @@ def draw_images(net: UNet, config: Config, sampling: Sampling, labels: np.ndarra
     return [np.concatenate(parts) for parts in frames.values()]
 
 
-def completion_rows(originals: np.ndarray, kept: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """For each image a row: itself, what is kept of it, its completions."""
-    n, *shape = originals.shape
-    rows = [images.reshape(n, -1, *shape) for images in (originals, kept, drawn)]
-    return np.concatenate(rows, axis=1).reshape(-1, *shape)
-
-
 def arguments() -> ArgumentParser:
-    parser = ArgumentParser(description="Draw images with a trained network.")
-    add_options(parser, Sampling)
-    return parser
+    return options("Draw images with a trained network.", Sampling)
 
 
 def main():
-    sampling = Sampling(**given(arguments().parse_args()))
+    sampling = Sampling(**vars(arguments().parse_args()))
     device, out = choose_device(sampling.device), Path(sampling.out)
     path = sampling.weights or (LAST if LAST.exists() else SHIPPED)
     net, config = load_network(path, device)
@@ -246,8 +237,8 @@ def main():
         originals, _ = held_out_images(sampling.data, config, sampling.n, sampling.n)
         known = to_batch(torch.from_numpy(originals).to(device))
         kept = to_pictures(projection(sampling.keep, *known.shape[2:])(known))
-        known, columns = known.repeat_interleave(COMPLETIONS, 0), 2 + COMPLETIONS
-        labels = None if labels is None else labels.repeat(COMPLETIONS)
+        known, columns = known.repeat(COMPLETIONS, 1, 1, 1), sampling.n
+        labels = None if labels is None else np.tile(labels, COMPLETIONS)
         sampling = replace(sampling, n=len(known))
     print(f"{path} on {device}: {sampling.sampler}, {min(config.T, sampling.steps)} steps"
           f"{' (the network has no more)' if sampling.steps > config.T else ''}")
@@ -257,8 +248,9 @@ def main():
             followed = labels is not None and sampling.guidance and max(labels) < config.num_classes
             np.savez_compressed(file, images=frames[-1], **dict(labels=labels) if followed else {})
         else:
-            frames = [completion_rows(originals, kept, f) if sampling.keep else f for f in frames]
-            file.write(encode_png([image_grid(frame, columns) for frame in frames]))
+            above = [originals, kept] if sampling.keep else []
+            file.write(encode_png([image_grid(np.concatenate([*above, frame]), columns)
+                                   for frame in frames]))
     print(f"drawn: {out}")
 
 

@@ -1020,7 +1020,7 @@ SMALL = Config(image_shape=(1, 8, 8), model_channels=8, attention_resolutions=(4
 def small_unet(seed=0, **changes):
     """A U-Net with a level, attention, labels and no weight that is zero."""
     torch.manual_seed(seed)
-    net = UNet(replace(SMALL, **changes).architecture())
+    net = UNet(replace(SMALL, **changes))
     for p in net.parameters():
         nn.init.normal_(p, std=0.15)
     return net.eval()
@@ -1081,7 +1081,7 @@ def bare_run(net, optimizer, lr, **settings_):
     run = Run.__new__(Run)
     run.config, run.device, run.step, run.log = Config(**settings_), torch.device("cpu"), 0, []
     run.net, run.ema = net, copy.deepcopy(net).requires_grad_(False)
-    run.optimizers = [optimizer([dict(params=net.parameters(), initial_lr=lr)])]
+    run.optimizers = [optimizer(net.parameters(), lr=lr)]
     return run
 
 

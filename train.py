@@ -18,7 +18,7 @@ import posterior
 from ddpm import Schedule, l_simple
 from evaluate import least_loss
 from sample import draw_images
-from support.config import PRESETS, Config, Sampling, add_options, given
+from support.config import PRESETS, Config, Sampling, options, tuples
 from support.console import SIGPIPE, Progress, on_stop, run_script
 from support.data import split, to_batch, to_pixels
 from support.devices import (autocast, graphed, over_all, precision, processes, seed_from, shared,
@@ -79,8 +79,7 @@ def learning_rate(step: int, config: Config) -> float:
 def optimizer_step(optimizers: list[torch.optim.Optimizer], lr_scale: float):
     """A step of each optimizer, its learning rate scaled."""
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr_scale
+        optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * lr_scale
         optimizer.step()
 
 
@@ -101,22 +100,20 @@ def batches(images: np.ndarray, labels: np.ndarray | None, config: Config,
     it is num_classes.
     """
     training, _ = split(len(images))
-
-    def moved(part):                 # without waiting, where that is safe for what is soon gone
-        return part.to(device, non_blocking=device.type == "cuda")
+    to = dict(device=device, non_blocking=device.type == "cuda")        # elsewhere it is not safe
 
     def next_batch(step):
         rng = torch.Generator().manual_seed(seed_from("data", config.seed, step))     # on the host
         chosen = shared(torch.randint(len(training), (config.batch,), generator=rng))
-        flip, drop = (shared(torch.rand(config.batch, generator=rng)) < share
-                      for share in (0.5, config.p_uncond))
+        flip = shared(torch.rand(config.batch, generator=rng)) < 0.5
+        drop = shared(torch.rand(config.batch, generator=rng)) < config.p_uncond
         rows = training[chosen.numpy()]
-        x0 = to_batch(moved(torch.from_numpy(images[rows])))
+        x0 = to_batch(torch.from_numpy(images[rows]).to(**to))
         if config.flip:
-            x0 = torch.where(moved(flip)[:, None, None, None], x0.flip(3), x0)
+            x0 = torch.where(flip.to(**to)[:, None, None, None], x0.flip(3), x0)
         if labels is None:
             return x0, None
-        return x0, moved(torch.where(drop, config.num_classes, torch.from_numpy(labels[rows])))
+        return x0, torch.where(drop, config.num_classes, torch.from_numpy(labels[rows])).to(**to)
     return next_batch
 
 
@@ -203,8 +200,7 @@ def announce(run: Run, images: np.ndarray, labels: np.ndarray | None):
 
 
 def arguments() -> ArgumentParser:
-    parser = ArgumentParser(description="Train a denoising diffusion model; by default, on digits.")
-    add_options(parser, Config)
+    parser = options("Train a denoising diffusion model; by default, on digits.", Config)
     parser.add_argument("--preset", choices=PRESETS, help="the settings to begin with: digits "
                         "(the default), or cifar10, the paper's")
     parser.add_argument("--out", help="folder for checkpoint and pictures (out)")
@@ -219,24 +215,21 @@ def arguments() -> ArgumentParser:
 
 
 def main():
-    named = given(arguments().parse_args())
+    named = tuples(vars(arguments().parse_args()))
     out, resume = Path(named.pop("out", "out")), named.pop("resume", False)
     compile, deterministic = (named.pop(name, False) for name in ("compile", "deterministic"))
     device = start_processes(named.pop("device", None), deterministic)
     run, images, labels = open_run(out, device, named, resume)
     with lock(out):
-        if processes()[0] == 0:
-            run.write_log(out)              # fails now if the folder cannot be written
         announce(run, images, labels)
         stopped = train(run, images, labels, out, compile)
     if stopped:
         print(f"\nstopped and saved at step {run.step}; "
               f"to resume: python train.py --resume --out {quote(str(out))}")
-    else:
-        print(f"\ndrawn: {out}/step-{run.step:06}.png\n"
-              f"beside it: {CHECKPOINT}, {NETWORK}, log.csv\n"
-              f"next: python sample.py --weights {quote(str(out / CHECKPOINT))}")
-    raise SystemExit(128 + stopped if stopped else 0)
+        raise SystemExit(128 + stopped)
+    print(f"\ndrawn: {out}/step-{run.step:06}.png\n"
+          f"beside it: {CHECKPOINT}, {NETWORK}, log.csv\n"
+          f"next: python sample.py --weights {quote(str(out / CHECKPOINT))}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,10 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of a U-Net; by default, of the paper's for CIFAR10              Ho appendix B"""
+    """The sizes of a U-Net; by default, of the paper's for CIFAR10              Ho appendix B
+
+    Any object with these names does as well.
+    """
 
     image_shape: tuple[int, ...] = (3, 32, 32)     # channels, height, width
     model_channels: int = 128                      # channels of the first level

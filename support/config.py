@@ -84,11 +84,6 @@ class Config:
         check(self)
         if self.schedule == "cosine" and (self.beta_1, self.beta_T) != (1e-4, 0.02):
             raise ValueError("--beta-1 and --beta-T belong to --schedule linear")
-        if len(self.image_shape) != 3 or len(self.channel_mult) > 16:
-            raise ValueError("an image has channels, height and width, and at most 16 levels")
-
-    def architecture(self) -> Architecture:
-        return Architecture(**{f.name: getattr(self, f.name) for f in fields(Architecture)})
 
 
 PRESETS = {
@@ -142,10 +137,10 @@ class Sampling:
                 raise ValueError(reason)
 
 
-def add_options(parser: ArgumentParser, settings: type, *names: str):
+def options(description: str, settings: type, *names: str) -> ArgumentParser:
     """An option for each setting that has help, or for those named; the help shows its default."""
-    parser.argument_default = SUPPRESS                 # only what was named is in the result
-    parser.usage = "%(prog)s [options]"
+    parser = ArgumentParser(description=description, usage="%(prog)s [options]",
+                            argument_default=SUPPRESS)      # only what was named is in the result
     for rule in fields(settings):
         if not rule.metadata["help"] or names and rule.name not in names:
             continue
@@ -156,9 +151,10 @@ def add_options(parser: ArgumentParser, settings: type, *names: str):
             shown, how["nargs"] = " ".join(map(str, shown)), "+"
         parser.add_argument(flag(rule.name), **how, help=rule.metadata["help"] + (
             f" ({shown})" if shown is not None else ""))
+    return parser
 
 
-def given(args) -> dict:
-    """The settings that were named on the command line."""
+def tuples(values: dict) -> dict:
+    """Lists, as the command line and JSON have them, made tuples."""
     return {name: tuple(value) if isinstance(value, list) else value
-            for name, value in vars(args).items()}
+            for name, value in values.items()}

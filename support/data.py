@@ -5,9 +5,7 @@ is believed only after it was compared with the bytes that are there, and nothin
 """
 import contextlib
 import gzip
-import struct
 import warnings
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -42,7 +40,7 @@ def load(path: str | Path | None = None, with_labels: bool = True) -> tuple:
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the file of images in it; READING.md shows how "
                          "to make one of pictures")
-    read = {".npz": read_npz, ".npy": read_npy}.get(path.suffix, read_idx)
+    read = read_numpy if path.suffix in (".npy", ".npz") else read_idx
     images, labels = read(path)
     if not (images.dtype == np.uint8 and images.ndim in (3, 4) and images.size
             and images.shape[3:] in ((), (1,), (3,))):
@@ -110,31 +108,27 @@ def parsing(path: Path, kind: str):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                    # NumPy's, of a damaged header
             yield
-    except MemoryError:
-        raise
     except Exception as error:
-        if isinstance(error, OSError) and error.filename:      # it is missing, not damaged
-            raise
+        if isinstance(error, MemoryError) or isinstance(error, OSError) and error.filename:
+            raise                                              # too large, or missing: not damaged
         reason = " ".join((str(error) or type(error).__name__).split())[:200]
         raise ValueError(f"{path} is not {kind}, or it is damaged: {reason}") from None
 
 
-def read_npy(path: Path) -> tuple[np.ndarray, None]:
-    """The array of an .npy, memory-mapped: only what is used is read."""
-    with parsing(path, "an .npy file"):
-        return np.lib.format.open_memmap(path, mode="r"), None
-
-
-def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """The images and labels of an .npz, by their names."""
-    with parsing(path, "an .npz of images"), zipfile.ZipFile(path) as archive:
-        if sum(member.file_size for member in archive.infolist()) > LARGEST:
-            raise ValueError("it is too large: save the images as .npy, which is read in place")
-        with np.load(path) as arrays:
+def read_numpy(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """An .npy, memory-mapped: only what is used is read; or two arrays of an .npz, by their names.
+    """
+    with parsing(path, "an .npy or .npz of images"):
+        found = np.load(path, mmap_mode="r")
+        if path.suffix == ".npy":
+            return found, None
+        with found:
+            if sum(member.file_size for member in found.zip.infolist()) > LARGEST:
+                raise ValueError("it is too large: save the images as .npy, which is read in place")
             for images, labels in NAMES:
-                if images in arrays:
-                    return arrays[images], arrays[labels] if labels in arrays else None
-            raise ValueError(f"it holds {', '.join(arrays) or 'nothing'}: save the images as "
+                if images in found:
+                    return found[images], found[labels] if labels in found else None
+            raise ValueError(f"it holds {', '.join(found) or 'nothing'}: save the images as "
                              "`images` and their labels as `labels`")
 
 
@@ -148,12 +142,10 @@ def read_idx(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
 def idx_array(path: Path) -> np.ndarray:
     """IDX: 0, 0, 8 for uint8, the number of dimensions, each as a big-endian int32, the bytes."""
-    with open(path, "rb") as plain, parsing(path, "an IDX, .npz or .npy file"):
-        packed = plain.read(2) == b"\x1f\x8b"
-        plain.seek(0)
-        file = gzip.GzipFile(fileobj=plain) if packed else plain
-        start = file.read(4)
-        if start[:3] != b"\0\0\x08" or start[3:] not in (b"\x01", b"\x03"):
+    with parsing(path, "an IDX, .npz or .npy file"):
+        body = path.read_bytes()
+        body = gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body
+        if body[:4] not in (b"\0\0\x08\x01", b"\0\0\x08\x03"):
             raise ValueError("it does not begin like one; READING.md has recipes for other formats")
-        shape = struct.unpack(f">{start[3]}I", file.read(4 * start[3]))
-        return np.frombuffer(bytearray(file.read()), np.uint8).reshape(shape)
+        shape = np.frombuffer(body, ">u4", body[3], 4)
+        return np.frombuffer(body, np.uint8, offset=4 + shape.nbytes).reshape(shape)

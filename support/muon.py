@@ -2,6 +2,8 @@
 import torch
 from torch import Tensor, nn
 
+MOMENTUM = 0.95
+
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, whose matrix is made orthogonal before each step.
@@ -10,17 +12,14 @@ class Muon(torch.optim.Optimizer):
     bfloat16, which doubles the time of a whole training step on processors that have none.
     """
 
-    def __init__(self, params, momentum: float = 0.95):
-        super().__init__(params, dict(lr=0.0, momentum=momentum))
-
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             params, grads = group["params"], [p.grad for p in group["params"]]
             buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                        for p in params]
-            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-            updates = torch._foreach_lerp(grads, buffers, group["momentum"])           # Nesterov
+            torch._foreach_lerp_(buffers, grads, 1 - MOMENTUM)
+            updates = torch._foreach_lerp(grads, buffers, MOMENTUM)                    # Nesterov
             for p, update in zip(params, orthogonal([u.flatten(1) for u in updates])):
                 rows, columns = update.shape
                 p.add_(update.reshape(p.shape), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
@@ -47,13 +46,9 @@ def orthogonal(matrices: list[Tensor]) -> list[Tensor]:
 
 
 def optimizers(net: nn.Module, lr: float, beta2: float, muon_lr: float) -> list:
-    """Adam; with muon_lr, Muon for the matrices and convolutions between first and last layer.
-
-    initial_lr in a group is its largest learning rate.
-    """
-    hidden = {p for name, p in net.named_parameters()
+    """Adam; with muon_lr, Muon for the matrices and convolutions between first and last layer."""
+    hidden = {name: p for name, p in net.named_parameters()
               if muon_lr and p.ndim > 1 and name.startswith(("down.", "middle.", "up."))}
-    groups = [[p for p in net.parameters() if (p in hidden) == is_hidden]
-              for is_hidden in (False, True)]
-    adam = torch.optim.Adam([dict(params=groups[0], initial_lr=lr)], betas=(0.9, beta2), fused=True)
-    return [adam, Muon([dict(params=groups[1], initial_lr=muon_lr)])] if hidden else [adam]
+    rest = [p for name, p in net.named_parameters() if name not in hidden]
+    adam = torch.optim.Adam(rest, lr, (0.9, beta2), fused=True)
+    return [adam, Muon(hidden.values(), dict(lr=muon_lr))] if hidden else [adam]

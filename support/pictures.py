@@ -55,7 +55,7 @@ def image_grid(images: np.ndarray, columns: int, zoom: int = 2, gap: int = 2) ->
     return page
 
 
-def encode_png(frames: list[np.ndarray], seconds: float = 0.1) -> bytes:
+def encode_png(frames: list[np.ndarray]) -> bytes:
     """A PNG of one uint8 image H x W (x 1 or 3), or an animated PNG of several.  (W3C PNG, 3rd ed.)
 
     The last frame is what a viewer without animation shows; in an animation it stays for two
@@ -69,16 +69,16 @@ def encode_png(frames: list[np.ndarray], seconds: float = 0.1) -> bytes:
     colour = 2 if frames[0].size == 3 * height * width else 0
     packed = [zlib.compress(np.insert(frame.reshape(height, -1), 0, 0, axis=1).tobytes(), 9)
               for frame in frames]
-    chunks = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))]
+    body = chunk(b"IDAT", packed[-1])
     if len(frames) > 1:
-        chunks.append(chunk(b"acTL", struct.pack(">II", len(frames), 0)))
-    chunks.append(chunk(b"IDAT", packed[-1]))
-    for k, pixels in enumerate(packed if len(frames) > 1 else []):
-        pause = round(1000 * (seconds if k + 1 < len(frames) else 2))
-        chunks.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", 2 * k, width, height, 0, 0,
-                                                 pause, 1000, 0, 0)))
-        chunks.append(chunk(b"fdAT", struct.pack(">I", 2 * k + 1), pixels))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND")
+        body = chunk(b"acTL", struct.pack(">II", len(frames), 0)) + body
+        for k, pixels in enumerate(packed):
+            pause = 100 if k + 1 < len(frames) else 2000                          # milliseconds
+            body += chunk(b"fcTL", struct.pack(">IIIIIHHBB", 2 * k, width, height, 0, 0, pause,
+                                               1000, 0, 0))
+            body += chunk(b"fdAT", struct.pack(">I", 2 * k + 1), pixels)
+    start = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + start + body + chunk(b"IEND")
 
 
 def write_png(path: str | Path, *frames: np.ndarray):

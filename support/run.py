@@ -31,7 +31,7 @@ class Run:
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
         torch.manual_seed(config.seed)
-        self.net = UNet(config.architecture()).to(device)
+        self.net = UNet(config).to(device)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.optimizers = optimizers(self.net, config.lr, config.beta2, config.muon_lr)
         self.step, self.log = 0, []         # (step, mean loss of the steps since the last entry)
@@ -59,14 +59,11 @@ class Run:
                 p.grad = torch.zeros_like(p)         # makes the optimizers' state
             for optimizer in self.optimizers:
                 optimizer.step()
-            log = found.pop("log", torch.zeros(0))
-            for name in self.tensors().keys() ^ found.keys():
-                raise ValueError(f"{name} is {'left over' if name in found else 'missing'}")
-            with torch.no_grad():
-                for name, tensor in self.tensors().items():
-                    if tensor.shape != found[name].shape:
-                        raise ValueError(f"{name} is of shape {tuple(found[name].shape)}")
-                    tensor.copy_(found[name])
+            log, ours = found.pop("log", torch.zeros(0)), self.tensors()
+            for name in ours.keys() | found.keys():
+                if name not in ours or name not in found or ours[name].shape != found[name].shape:
+                    raise ValueError(f"{name} is missing, left over or of another shape")
+                ours[name].copy_(found[name])
             if metadata.get("device") != self.device.type:
                 print(f"begun on {metadata.get('device')}: on {self.device.type} the random "
                       "numbers are others from here on")
@@ -83,7 +80,9 @@ class Run:
                              "a smaller --lr or --muon-lr may help")
         if processes()[0] > 0:
             return
-        self.write_log(folder)
+        rows = [f"{step},{loss}\n" for step, loss in self.log]
+        with atomic_write(folder / "log.csv") as file:
+            file.write("".join(["step,loss\n", *rows]).encode())
         half = {name: p.half() for name, p in self.ema.state_dict().items()}
         log = dict(log=torch.tensor(self.log, dtype=torch.float64))
         for name, tensors, config in ((NETWORK, half, replace(self.config, data=None)),
@@ -92,11 +91,6 @@ class Run:
                 write_tensors(file, tensors, dict(
                     config=json.dumps(asdict(config)), step=str(self.step),
                     device=self.device.type))
-
-    def write_log(self, folder: Path):
-        rows = [f"{step},{loss}\n" for step, loss in self.log]
-        with atomic_write(folder / "log.csv") as file:
-            file.write("".join(["step,loss\n", *rows]).encode())
 
 
 def lock(folder: Path):

@@ -90,7 +90,7 @@ def test_the_figures_of_the_pages_are_the_code_s():
                      "each, one group for each norm, attention in the middle only, and sees "
                      f"squares of {ours.patch_size} x {ours.patch_size} pixels"),
             (README, f"a warm-up of {ours.warmup} steps instead of {paper.warmup:,}"),
-            (README, f"{parameters(UNet(replace(ours, num_classes=10).architecture())):,} "
+            (README, f"{parameters(UNet(replace(ours, num_classes=10))):,} "
                      f"parameters in all instead of {parameters(UNet()) / 1e6:.1f} million"),
             (README, f"reaches its {paper.ema_decay} only after {rises_until:,.0f} steps"),
             (README, f"so that {len(split(50_000)[0]):,} are trained on"),

@@ -5,7 +5,6 @@ bytes.  Nothing in it can be run.  A file may still be damaged, or a stranger's:
 checked like those of the command line, and its tensors against the network that these describe.
 """
 import json
-import math
 import re
 import zlib
 from dataclasses import fields
@@ -14,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from support.config import Config
+from support.config import Config, tuples
 from support.data import parsing
-from unet import UNet
+from unet import UNet, time_embedding
 
 PUBLISHED = "diffusion_pytorch_model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -24,18 +23,16 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def write_tensors(file, tensors: dict[str, Tensor], metadata: dict[str, str]):
     """safetensors, with a crc32 of the bytes in the metadata."""
-    names, start, checksum = {dtype: name for name, dtype in DTYPES.items()}, 0, 0
-    header, parts = {}, []
+    names, header, body = {dtype: name for name, dtype in DTYPES.items()}, {}, bytearray()
     for name, tensor in tensors.items():
-        parts.append(tensor.detach().contiguous().cpu().numpy().tobytes())
+        start = len(body)
+        body += tensor.detach().cpu().numpy().tobytes()
         header[name] = dict(dtype=names[tensor.dtype], shape=list(tensor.shape),
-                            data_offsets=[start, start + len(parts[-1])])
-        start, checksum = start + len(parts[-1]), zlib.crc32(parts[-1], checksum)
-    header["__metadata__"] = metadata | dict(crc32=f"{checksum:08x}")
+                            data_offsets=[start, len(body)])
+    header["__metadata__"] = metadata | dict(crc32=f"{zlib.crc32(body):08x}")
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    for part in (len(text).to_bytes(8, "little"), text, *parts):
-        file.write(part)
+    file.writelines((len(text).to_bytes(8, "little"), text, body))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -45,21 +42,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if size > path.stat().st_size:
             raise ValueError("are these images?  READING.md shows how to convert a .pt or .bin")
         header = json.loads(file.read(size))
-        body, metadata = bytearray(file.read()), header.pop("__metadata__", {})
-        tensors, place = {}, 0
+        body, metadata, tensors = bytearray(file.read()), header.pop("__metadata__", {}), {}
         if zlib.crc32(body) != int(metadata.get("crc32", f"{zlib.crc32(body):x}"), 16):
             raise ValueError("its checksum is another")
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            (start, end), count = entry["data_offsets"], math.prod(shape)
-            if start != place or end - start != count * dtype.itemsize or min(shape, default=0) < 0:
-                raise ValueError(f"{name} is not where its header says")
-            tensors[name], place = torch.empty(shape, dtype=dtype), end
-            if count:
-                tensors[name] = torch.frombuffer(body, dtype=dtype, count=count,
-                                                 offset=start).reshape(shape)
-        if place != len(body):
-            raise ValueError("bytes are left over")
+        for name, entry in header.items():
+            (start, end), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
+            flat = torch.empty(0, dtype=dtype)
+            if end > start:
+                flat = torch.frombuffer(memoryview(body)[start:end], dtype=dtype)
+            tensors[name] = flat.reshape(entry["shape"])
     return tensors, metadata
 
 
@@ -71,8 +62,7 @@ def config_from(metadata: dict[str, str]) -> Config:
     for name in {f.name for f in fields(Config)} ^ values.keys():
         raise ValueError(f"another version wrote it: the setting {name} is "
                          f"{'left over' if name in values else 'missing'}")
-    return Config(**{name: tuple(value) if isinstance(value, list) else value
-                     for name, value in values.items()})
+    return Config(**tuples(values))
 
 
 def load_network(path: str | Path, device: torch.device) -> tuple[UNet, Config]:
@@ -84,7 +74,7 @@ def load_network(path: str | Path, device: torch.device) -> tuple[UNet, Config]:
     with parsing(path, "a network that can be built"):
         config = published_config(path.parent) if path.name == PUBLISHED else config_from(metadata)
         with torch.device("meta"):                # only shapes: the memory is that of the file
-            net = UNet(config.architecture())
+            net = UNet(config)
         if path.name == PUBLISHED:
             found = our_tensors(found, net.state_dict(), config)
         ema = {name.removeprefix("ema."): tensor for name, tensor in found.items()
@@ -147,7 +137,7 @@ def our_tensors(found: dict[str, Tensor], names, config: Config) -> dict[str, Te
     """The tensors of a published network under our names, and its first layer for t = 1 .. T.
 
     Theirs counts t = 0 .. T − 1, and sin ω(t−1), cos ω(t−1) are sin ωt and cos ωt, rotated by ω:
-    the rotation is put into the layer that takes them.
+    the rotation is put into the layer that takes them.  sin ω and cos ω are the embedding of t = 1.
     """
     for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"),
                      ("proj_attn", "to_out.0")):                     # what it called them at first
@@ -156,11 +146,9 @@ def our_tensors(found: dict[str, Tensor], names, config: Config) -> dict[str, Te
     for name in {part for each in parts.values() for part in each} ^ found.keys():
         raise ValueError(f"{name} is {'left over' if name in found else 'missing'}")
     ours = {name: torch.cat([found[part].float() for part in parts[name]]) for name in names}
-    omega = torch.exp(-torch.arange(half := config.model_channels // 2)
-                      * math.log(10_000) / (half - 1))
-    sin, cos = ours["time.0.weight"].split(half, dim=1)
-    ours["time.0.weight"] = torch.cat([sin * omega.cos() + cos * omega.sin(),
-                                       cos * omega.cos() - sin * omega.sin()], dim=1)
+    sin_1, cos_1 = time_embedding(torch.tensor([1]), config.model_channels)[0].chunk(2)
+    sin, cos = ours["time.0.weight"].chunk(2, dim=1)
+    ours["time.0.weight"] = torch.cat([sin * cos_1 + cos * sin_1, cos * cos_1 - sin * sin_1], dim=1)
     return ours
 
 
