@@ -15,7 +15,7 @@ from torch import Tensor
 import ddpm
 import posterior
 from ddpm import Schedule
-from sample import LAST, SHIPPED, draw_images
+from sample import TRAINED, SHIPPED, draw_images
 from support.config import Config, Sampling, options
 from support.console import Progress, run_script
 from support.data import DIGITS, fingerprint, held_out_images, load, split, to_batch, to_pixels
@@ -153,7 +153,7 @@ def draw_perfectly(net, config: Config, images: np.ndarray, labels: np.ndarray |
 def main():
     parser = options(__doc__.split("\n\n")[1], Sampling, "weights", "data", "device")
     chosen = Sampling(**vars(parser.parse_args()))
-    path = chosen.weights or (LAST if LAST.exists() else SHIPPED)
+    path = chosen.weights or (TRAINED if TRAINED.exists() else SHIPPED)
     net, config = load_network(path, choose_device(chosen.device))
     most = max(2, 2 ** 21 // np.prod(config.image_shape))     # so many fit into 16 MB of float64
     images, labels = load(chosen.data or config.data, with_labels=config.num_classes > 0)

@@ -1,9 +1,10 @@
 """Algorithm 2, faster samplers, guidance and completion.         N4, N8, DDIM, DPM, CFG, completion
 
-PyTorch, batched, on any device; test_math.py holds each step against the NumPy reference.
+PyTorch, batched, on any device; test_math.py compares each step with the NumPy reference.
 
-`python sample.py` is Algorithm 2: it draws 100 digits with your last checkpoint, or else with the
-network that ships.  `python sample.py --sampler dpm --steps 20` does so in two seconds.
+`python sample.py` is Algorithm 2: it draws 100 digits with the average of the weights in your last
+checkpoint, or else in the file that ships.  `python sample.py --sampler dpm --steps 20` does so in
+two seconds.
 """
 import math
 from argparse import ArgumentParser
@@ -27,7 +28,7 @@ from support.pictures import atomic_write, encode_png, image_grid, to_pictures
 from support.weights import load_network
 from unet import UNet
 
-LAST, SHIPPED = Path("out/checkpoint.safetensors"), DIGITS.with_name("digits.safetensors")
+TRAINED, SHIPPED = Path("out/checkpoint.safetensors"), DIGITS.with_name("digits.safetensors")
 COMPLETIONS = 4             # of each image, with --keep
 
 
@@ -52,7 +53,7 @@ def algorithm_2(step: Callable, T: int, noise: Callable) -> Iterator[tuple]:
 def sampler_step(eps_theta: Callable, schedule: Schedule, sampling: Sampling) -> Callable:
     """The step of Algorithm 2 that predicts ε_θ(x_t, t) and then takes one of the three below.
 
-    clip: x̂_0 is clamped to [-1, 1]; as Ho (11) uses ε, ε is then computed anew from it.
+    clip: x̂_0 is clamped to [-1, 1], and ε computed anew so that it fits, since Ho (11) uses ε.
     Algorithm 2 has no such line; its authors' code has.
     """
     def step(x_t, t, z, x0_prev):
@@ -69,8 +70,8 @@ def sampler_step(eps_theta: Callable, schedule: Schedule, sampling: Sampling) ->
     return step
 
 
-# Where steps are skipped `schedule` is respaced: t numbers the steps that remain, ᾱ_{t−1} is the
-# next level, and β_t = 1 − ᾱ_t/ᾱ_{t−1}.
+# With all T steps the schedule is the paper's.  With fewer it is respaced: t numbers the steps that
+# remain, ᾱ_{t−1} is the level that the next one starts from, and β_t = 1 − ᾱ_t/ᾱ_{t−1}.
 
 def ddpm_step(x_t, t, eps, z, schedule, variance="beta"):
     """x_{t−1} = (x_t − β_t/√(1−ᾱ_t) ε_θ)/√α_t + σ_t z             Algorithm 2, Ho (1, 11), N8, V6
@@ -103,11 +104,11 @@ def dpm_step(x_t, t, x0, x0_prev, z, schedule, eta=0.0):
     """x_{t−1} = √(1−ᾱ_{t−1})/√(1−ᾱ_t) x_t − √ᾱ_{t−1} (e^{−h} − 1) D              DPM-Solver++(2M)
 
     Lu et al. (2022), arXiv:2211.01095: λ = ln(√ᾱ/√(1−ᾱ)) = ½ ln SNR, h = λ_{t−1} − λ_t,
-    r = h_prev/h, and from the two latest x̂_0 D = (1 + 1/(2r)) x̂_0 − 1/(2r) x̂_0 prev: x̂_0
+    r = h_prev/h, and from the two latest x̂_0 D = (1 + 1/(2r)) x̂_0 − 1/(2r) x̂_prev: x̂_0
     extrapolated by half a step.  This is DDIM's step for η = 0 with D in place of x̂_0, and η = 1
     gives the solver's SDE form.
     D = x̂_0 in the first step, where x̂_0 has no predecessor, in the last, where h is infinite, and
-    after ᾱ = 0 in float32, where h_prev is.
+    after ᾱ = 0 in float32, where h_prev is infinite.
     >>> dpm_step(1.0, 2, 0.5, 0.25, 9.0, on_device(schedule_of([0.5, 0.5, 0.5]), "cpu")).item()
     1.0
     """
@@ -144,8 +145,8 @@ def completed(step: Callable, known: Tensor, project: Callable, schedule: Schedu
     P = `project` is what is known: some pixels (RePaint: Lugmayr et al. 2022, arXiv:2201.09865), or
     means over blocks (ILVR: Choi et al. 2021, arXiv:2108.02938).  The rest comes from `step`.
     resample > 1 goes back to x_t by Ho (2) and steps again, so that known and drawn parts agree:
-    RePaint's Algorithm 1 with jump length 1; we read ᾱ_{t−1}, √(1−ᾱ_{t−1}) in its line 5 and β_t in
-    line 10, as its own code does.
+    RePaint's Algorithm 1 with jump length 1, with ᾱ_{t−1}, √(1−ᾱ_{t−1}) in its line 5 and β_t in
+    line 10, as its authors' code has them.
     >>> image, schedule = torch.ones(1, 1, 1, 1), on_device(schedule_of([0.5]), "cpu")
     >>> step = completed(lambda x_t, *_: (x_t, None), image, lambda x: x, schedule, lambda: image)
     >>> step(7 * image, 1, 0, None)[0].item()                              # at t = 1 all is known
@@ -172,7 +173,7 @@ def generate(net: UNet, config: Config, sampling: Sampling, indices: range, labe
     label: (B,) or None.  known: (B, C, H, W), of which `sampling.keep` is kept.
     """
     device, full = next(net.parameters()).device, schedule_from(config)
-    tau = times(full.T, min(full.T, sampling.steps))     # step t of these is time tau[t] of 1..T
+    tau = times(full.T, min(full.T, sampling.steps))        # the t-th step stands at time tau[t]
     schedule = on_device(respaced(full, tau), device)
     noise = image_noise(sampling.seed, indices, config.image_shape, device)
     label = None if label is None else torch.as_tensor(label, device=device)
@@ -228,11 +229,11 @@ def arguments() -> ArgumentParser:
 def main():
     sampling = Sampling(**vars(arguments().parse_args()))
     device, out = choose_device(sampling.device), Path(sampling.out)
-    path = sampling.weights or (LAST if LAST.exists() else SHIPPED)
+    path = sampling.weights or (TRAINED if TRAINED.exists() else SHIPPED)
     net, config = load_network(path, device)
     labels, known = labels_for(sampling, config.num_classes), None
-    columns = config.num_classes if sampling.label == "each" else 0
-    columns = columns or math.ceil(sampling.n ** 0.5)
+    by_label = labels is not None and sampling.label == "each"
+    columns = config.num_classes if by_label else math.ceil(sampling.n ** 0.5)
     if sampling.keep:
         originals, _ = held_out_images(sampling.data, config, sampling.n, sampling.n)
         known = to_batch(torch.from_numpy(originals).to(device))
@@ -245,8 +246,8 @@ def main():
     with atomic_write(out) as file:
         frames = draw_images(net, config, sampling, labels, known, Progress(sampling.n))
         if out.suffix == ".npz":
-            followed = labels is not None and sampling.guidance and max(labels) < config.num_classes
-            np.savez_compressed(file, images=frames[-1], **dict(labels=labels) if followed else {})
+            used = labels is not None and sampling.guidance > 0 and max(labels) < config.num_classes
+            np.savez_compressed(file, images=frames[-1], **dict(labels=labels) if used else {})
         else:
             above = [originals, kept] if sampling.keep else []
             file.write(encode_png([image_grid(np.concatenate([*above, frame]), columns)

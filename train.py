@@ -28,7 +28,7 @@ from support.pictures import image_grid, write_png
 from support.run import CHECKPOINT, NETWORK, Run, lock, open_run
 from unet import parameters
 
-LOG_EVERY = 10              # steps: to read the loss is to wait for the device
+LOG_EVERY = 10              # steps; to read a loss is to wait for the device
 
 
 # ── Algorithm 1 ───────────────────────────────────────────────────────────────────────────────────
@@ -37,7 +37,8 @@ def algorithm_1(run: Run, eps_theta: Callable, next_batch: Callable,
                 schedule: Schedule) -> Iterator[Tensor]:
     """Yields the loss of each step; the caller decides when to stop                     Algorithm 1
 
-    eps_theta(x_t, t, label): the network's prediction of ε.  next_batch(step) → (x_0, label).
+    run: its network, average and optimizers are changed in place.  next_batch(step) → (x_0, label).
+    eps_theta(x_t, t, label): the network's prediction of ε.
     """
     for step in count(run.step + 1):                                 # 1: repeat
         rng = run.rng(step)                                          #      (this step's numbers)
@@ -49,44 +50,45 @@ def algorithm_1(run: Run, eps_theta: Callable, next_batch: Callable,
         run.net.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(run.net.parameters(), run.config.grad_clip)
-        optimizer_step(run.optimizers, learning_rate(step, run.config))
+        optimizer_step(run.optimizers, lr_scale(step, run.config))
         update_ema(run.ema, run.net, step, run.config.ema_decay)
         run.step = step
         yield loss.detach()                                          # 6: until converged
 
 
 def stratified_t(n: int, T: int, rng: torch.Generator) -> Tensor:
-    """t ~ Uniform({1, …, T}), but stratified: one t from each of as many equal parts of the range
-    as the whole batch has images.
+    """t ~ Uniform({1, …, T}), but stratified: 1..T is cut into as many equal parts as the whole
+    batch has images, and one t is drawn from each.
 
     The expected loss is that of independent t, and it varies less: better digits, sooner.
     """
     batch = n * processes()[1]
     u = torch.rand(batch, generator=rng, device=rng.device)
     u = (torch.arange(batch, device=rng.device) + u) / batch
-    return shared((u * T).long().clamp(max=T - 1) + 1)
+    return shared((u * T).long().clamp(max=T - 1) + 1)                  # in float32 u can become 1
 
 
-def learning_rate(step: int, config: Config) -> float:
-    """The factor of --lr: min(1, step/warmup), and with `decay` times a straight line from 1 at the
-    first step to 1/steps at the last.
+def lr_scale(step: int, config: Config) -> float:
+    """What the learning rates are multiplied by: a straight rise to 1 during the warm-up, times,
+    with `decay`, a straight fall from 1 at the first step to 1/steps at the last.
     """
     rise = min(1.0, step / config.warmup)
     fall = 1 - (step - 1) / config.steps if config.decay else 1.0
     return rise * fall
 
 
-def optimizer_step(optimizers: list[torch.optim.Optimizer], lr_scale: float):
+def optimizer_step(optimizers: list[torch.optim.Optimizer], scale: float):
     """A step of each optimizer, its learning rate scaled."""
     for optimizer in optimizers:
-        optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * lr_scale
+        optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * scale
         optimizer.step()
 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, net: nn.Module, step: int, decay: float):
-    """θ_ema ← d θ_ema + (1 − d) θ.  d rises to `decay`, so that at first, up to step 9,000 for a
-    decay of 0.999, the average is over about the latest tenth of the steps.
+    """θ_ema ← d θ_ema + (1 − d) θ,  d = min(decay, (1 + step)/(10 + step))
+
+    At first this averages about the latest tenth of the steps; near step 9,000 d reaches 0.999.
     """
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_([*ema.parameters()], [*net.parameters()], 1 - d)
@@ -96,11 +98,11 @@ def batches(images: np.ndarray, labels: np.ndarray | None, config: Config,
             device: torch.device) -> Callable:
     """next_batch(step) → x_0 ~ q(x_0), (B, C, H, W) in [-1, 1], and labels (B,) or None.
 
-    The images are those that are not held out.  A label is dropped with probability p_uncond: then
-    it is num_classes.
+    The images are those that are not held out.  With probability p_uncond the label num_classes,
+    for "no label", takes the place of an image's own.
     """
     training, _ = split(len(images))
-    to = dict(device=device, non_blocking=device.type == "cuda")        # elsewhere it is not safe
+    to = dict(device=device, non_blocking=device.type == "cuda")   # elsewhere it may come too late
 
     def next_batch(step):
         rng = torch.Generator().manual_seed(seed_from("data", config.seed, step))     # on the host
@@ -120,12 +122,12 @@ def batches(images: np.ndarray, labels: np.ndarray | None, config: Config,
 # ── The training run ──────────────────────────────────────────────────────────────────────────────
 
 def predictor(run: Run, compile: bool) -> Callable:
-    """eps_theta(x_t, t, label): the run's network; several processes average its gradients."""
+    """eps_theta(x_t, t, label): the run's network; DDP averages the gradients of all processes."""
     net, config = run.net, run.config
     if processes()[1] > 1:
         net = nn.parallel.DistributedDataParallel(net)
     elif not compile:
-        net = graphed(net, run.device, config.batch, config, config.num_classes > 0)
+        net = graphed(net, run.device, config.batch, config, labelled=config.num_classes > 0)
     net = torch.compile(net) if compile else net
 
     def eps_theta(x_t, t, label):
@@ -138,8 +140,9 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
           compile: bool = False) -> int:
     """Take steps until all are done, or a signal asks to stop; returns that signal, or 0."""
     config, (rank, world), signals, losses = run.config, processes(), [], []
-    on_stop(signals.append)
+    on_stop(signals.append)                                  # noted here, and acted on after a step
     progress = Progress(config.steps, run.step, config.batch)
+    # five times in all, but at least every 5,000 steps, and always with a new entry of the log
     save_every = LOG_EVERY * max(1, min(config.steps // 5, 5000) // LOG_EVERY)
     schedule = on_device(schedule_from(config), run.device)
     next_batch = batches(images, labels, config, run.device)
@@ -156,7 +159,7 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
         losses.clear()
         try:
             progress(run.step, f"step {run.step} of {config.steps} · loss {mean:.4f}")
-        except OSError:                              # nobody reads any more: a stop like Ctrl-C
+        except OSError:                  # stdout is closed, as by `| head`: a stop like Ctrl-C
             signals.append(SIGPIPE)
         # a signal to one process stops all, at the same step
         stop = 0 if done else int(over_all(max(signals, default=0), run.device, largest=True))
@@ -169,7 +172,7 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
 
 
 def draw_samples(run: Run, path: Path):
-    """100 images that the averaged network draws in 10 steps, its labels in order."""
+    """100 images, drawn with the average of the weights in 10 steps of dpm; labels in order."""
     config, classes = run.config, run.config.num_classes
     sampling = Sampling("dpm", steps=10, batch=config.batch // processes()[1])
     label = np.arange(100) * classes // 100 if classes else None
@@ -195,8 +198,8 @@ def announce(run: Run, images: np.ndarray, labels: np.ndarray | None):
         print(f"          label {c} has no image to train on: all of its images are held out")
     print(f"network   {parameters(run.net):,} parameters")
     print(f"schedule  {config.schedule}, T = {schedule.T}: L_T = {l_T:.3g} bits/dim ({verdict})")
-    print(f"loss      1 for a network that predicts no noise; {least:.4f} for the best possible on"
-          f"\n          {known} of these images, which would draw nothing but copies of them\n")
+    print(f"loss      1 for a network that predicts no noise; {least:.4f}, the least there is for "
+          f"{known} of\n          these images, for one that draws nothing but copies of them\n")
 
 
 def arguments() -> ArgumentParser:

@@ -67,7 +67,7 @@ def test_training_says_what_it_does_and_the_loss_falls(trained, tiny):
     for text in ("device    cpu",
                  "180 of 8x8x1 to train on, 20 held out, 2 labels, pixels 0 .. 239",
                  "linear, T = 20: L_T = 0.00", "1 for a network that predicts no noise; "
-                 f"{least:.4f} for the best possible on\n          {known} of these images",
+                 f"{least:.4f}, the least there is for {known} of\n          these images",
                  "step 100 of 100 · loss", "images/s", "next: python sample.py"):
         assert text in printed, text
     assert not errors and "\r" not in printed and known == 180

@@ -13,7 +13,7 @@ from support.devices import autocast, graphed
 from support.muon import Muon, optimizers
 from support.weights import their_names
 from test_math import DEVICES, SMALL, Linear, batch_of, near32, small_unet
-from train import learning_rate, optimizer_step, update_ema
+from train import lr_scale, optimizer_step, update_ema
 from unet import (Architecture, Attention, Block, Downsample, Norm, UNet, Upsample, parameters,
                   time_embedding)
 
@@ -342,9 +342,9 @@ def test_muon_is_pytorch_s_in_float32():
 def test_the_learning_rate_rises_and_falls():
     """Warmup in a straight line; with decay down to the last step's 1/steps; without, constant."""
     config = Config(warmup=10, steps=100)
-    found = [learning_rate(step, config) for step in (1, 10, 100)]
+    found = [lr_scale(step, config) for step in (1, 10, 100)]
     assert found == pytest.approx([0.1, 0.91, 0.01])
-    assert learning_rate(100, replace(config, decay=False)) == 1
+    assert lr_scale(100, replace(config, decay=False)) == 1
 
 
 def test_the_average_is_of_the_parameters_alone():
