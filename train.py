@@ -102,7 +102,7 @@ def batches(images: np.ndarray, labels: np.ndarray | None, config: Config,
     for "no label", takes the place of an image's own.
     """
     training, _ = split(len(images))
-    to = dict(device=device, non_blocking=device.type == "cuda")   # elsewhere it may come too late
+    to = dict(device=device, non_blocking=device.type == "cuda")  # MPS would read too late
 
     def next_batch(step):
         rng = torch.Generator().manual_seed(seed_from("data", config.seed, step))     # on the host
