@@ -6,6 +6,7 @@ is believed only after it was compared with the bytes that are there, and nothin
 import contextlib
 import gzip
 import warnings
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -119,11 +120,10 @@ def read_numpy(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """An .npy, memory-mapped: only what is used is read; or two arrays of an .npz, by their names.
     """
     with parsing(path, "an .npy or .npz of images"):
-        found = np.load(path, mmap_mode="r")
         if path.suffix == ".npy":
-            return found, None
-        with found:
-            if sum(member.file_size for member in found.zip.infolist()) > LARGEST:
+            return np.lib.format.open_memmap(path, mode="r"), None
+        with zipfile.ZipFile(path) as archive, np.load(path) as found:
+            if sum(member.file_size for member in archive.infolist()) > LARGEST:
                 raise ValueError("it is too large: save the images as .npy, which is read in place")
             for images, labels in NAMES:
                 if images in found:

@@ -114,8 +114,8 @@ def test_what_could_be_meant_otherwise_is_refused(found, says, tmp_path):
 
 
 @pytest.mark.parametrize("name, body, says", [
-    ("text.npy", b"no images", "text.npy is not an .npy or .npz of images"),
-    ("short.npz", b"PK\x03\x04", "is not an .npy or .npz of images"),
+    ("text.npy", b"no images", "not an .npy or .npz of images, or it is damaged: the magic"),
+    ("short.npz", b"PK\x03\x04", "is not an .npy or .npz of images, or it is damaged: File is"),
     ("idx", idx(IMAGES)[:99], "damaged: cannot reshape array of size 83 into shape (20,6,4)"),
     ("long", idx(IMAGES) + b"x", "damaged: cannot reshape"),
     ("idx.gz", gzip.compress(idx(IMAGES))[:40], "is not an IDX, .npz or .npy file"),
