@@ -51,9 +51,8 @@ class Run:
                 | {f"{key}.{names[p]}": value for optimizer in self.optimizers
                    for p, state in optimizer.state.items() for key, value in state.items()})
 
-    def restore(self, path: Path):
+    def restore(self, path: Path, found: dict[str, Tensor], metadata: dict[str, str]):
         """Become the run that was saved.  Raises ValueError, with the name, for what differs."""
-        found, metadata = read_tensors(path)
         with parsing(path, "the checkpoint of a run"):
             for p in self.net.parameters():          # a step down no gradient moves nothing, and
                 p.grad = torch.zeros_like(p)         # makes the optimizers' state
@@ -127,7 +126,8 @@ def open_run(folder: Path, device: torch.device, named: dict, resume: bool) -> t
                          "there already: go on with --resume, or begin another run with --out")
     if resume:
         with parsing(path, "the checkpoint of a run"):
-            begun = config_from(read_tensors(path)[1])
+            found, metadata = read_tensors(path)
+            begun = config_from(metadata)
         if named.keys() - {"steps", "data"}:
             raise ValueError("--resume goes on with the settings of the run: only --steps, --data, "
                              "--out and --device may be named beside it")
@@ -144,7 +144,7 @@ def open_run(folder: Path, device: torch.device, named: dict, resume: bool) -> t
         raise ValueError(f"--batch {config.batch} is no multiple of {processes()[1]} processes")
     run = Run(config, device)
     if resume:
-        run.restore(path)
+        run.restore(path, found, metadata)
         if run.step >= config.steps:
             raise ValueError(f"{path} is complete at step {run.step}: "
                              "a larger --steps trains it further")
