@@ -1152,23 +1152,6 @@ def test_training_on_gaussian_data_reaches_the_floor_and_not_below():
         assert 0.275513 - 1e-6 < expected < 0.2775
 
 
-@given(st.integers(1, 64), st.integers(1, 3))
-def test_several_processes_draw_what_one_draws(count, world):
-    """Ho Algorithm 1, lines 2 to 4: the parts of all processes, dealt in turn, are one's whole."""
-    images, config = np.arange(50 * 3, dtype=np.uint8).reshape(50, 1, 1, 3), Config(flip=True)
-
-    def drawn(rank, processes):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("RANK", str(rank)), patch.setenv("WORLD_SIZE", str(processes))
-            rng, n = torch.Generator().manual_seed(7), count * world // processes
-            next_batch = train.batches(images, np.arange(50), replace(config, batch=count * world),
-                                       torch.device("cpu"))
-            return [train.stratified_t(n, 1000, rng), standard_normal((n, 2, 3), rng),
-                    *next_batch(1)]
-    for one, *parts in zip(drawn(0, 1), *(drawn(rank, world) for rank in range(world))):
-        assert torch.equal(torch.stack(parts, 1).reshape(one.shape), one)
-
-
 @given(st.integers(1, 300), st.sampled_from([1, 2, 10, 1000]), st.integers(0, 10**6))
 def test_t_is_drawn_from_1_to_T(count, T, seed):
     """Ho Algorithm 1, line 3: every t in 1..T, and T too; the k-th draw is in the k-th part."""

@@ -2,6 +2,7 @@
 
 With betas of 1e-6 an x_t tells its x_0 exactly, and what is left of it is ε.
 """
+import functools
 import platform
 import subprocess
 import sys
@@ -483,21 +484,21 @@ SAMPLING = [
     ("data", KEEP, ["--data", "turned.npz"]), ("seed", [], ["--seed", 1])]
 
 
-@pytest.mark.parametrize("name, base, extra", SAMPLING)
-def test_every_option_of_sampling_changes_what_is_drawn(name, base, extra, random_network, coloured,
-                                                        call):
+def test_every_option_of_sampling_changes_what_is_drawn(random_network, coloured, call):
     """Options: each changes the images."""
     assert {name for name, _, _ in SAMPLING} | {"out", "batch", "animate", "device"} == {
         f.name for f in fields(Sampling)}
     images, labels = files.load(coloured)
     np.savez("turned.npz", images=images[:, ::-1], labels=labels)
-    found = []
-    for argv in (base, [*base, *extra]):
+
+    @functools.cache
+    def drawn(*argv):
         assert call(sample, "--weights", "net", "-n", 4, "--device", "cpu", "--out", "x.npz",
                     *argv)[0] == 0
-        found.append(np.load("x.npz")["images"])
-    assert found[0].shape != found[1].shape or np.abs(
-        found[0].astype(int) - found[1]).max() > 2
+        return np.load("x.npz")["images"].astype(int)
+    for name, base, extra in SAMPLING:
+        one, other = drawn(*base), drawn(*base, *extra)
+        assert one.shape != other.shape or np.abs(one - other).max() > 2, name
 
 
 def test_the_bound_is_that_of_the_held_out_images(random_network, coloured, call, watched,
@@ -569,6 +570,21 @@ def test_the_network_that_ships_is_shown_but_not_measured_on_what_it_has_seen(ca
 
 # ── Errors ────────────────────────────────────────────────────────────────────────────────────────
 
+@pytest.fixture(scope="module")
+def unfit(tmp_path_factory):
+    """A folder of images and weights that do not fit."""
+    folder, large = tmp_path_factory.mktemp("unfit"), np.zeros((99, 28, 28), np.uint8)
+    (folder / "file").write_text("no folder")
+    np.savez(folder / "small.npz", images=large[:, :8, :8], labels=np.arange(99) % 10)
+    np.savez(folder / "few.npz", images=large, labels=np.arange(99) % 10)
+    np.savez(folder / "bare.npz", images=large)
+    np.savez(folder / "eleven.npz", images=large, labels=np.arange(99) % 11)
+    tensors, metadata = read_tensors(sample.SHIPPED)
+    tensors["conv_out.bias"] *= float("nan")
+    saved(folder / "nan", tensors, **asdict(config_from(metadata)))
+    return folder
+
+
 @pytest.mark.parametrize("script, argv, says", [
     (train, ["--T", 0], "--T must be 1 .. 1000000, not 0"), (train, ["--T", "x"], "invalid int"),
     (train, ["--beta-T", "nan"], "--beta-T must be 1e-09 .. 0.9999, not nan"),
@@ -595,16 +611,9 @@ def test_the_network_that_ships_is_shown_but_not_measured_on_what_it_has_seen(ca
     (evaluate, ["--data", "small.npz"], "held-out images of (8, 8, 1)"),
     (evaluate, ["--data", "bare.npz"], "trained with labels 0 .. 9"),
     (evaluate, ["--data", "eleven.npz"], "trained with labels 0 .. 9")])
-def test_what_the_user_can_mend_is_told_in_one_line(script, argv, says, call):
+def test_what_the_user_can_mend_is_told_in_one_line(script, argv, says, unfit, call, monkeypatch):
     """Errors: one line on stderr that names the thing, status 2, no traceback, nothing written."""
-    Path("file").write_text("no folder")
-    np.savez("small.npz", images=np.zeros((99, 8, 8), np.uint8), labels=np.arange(99) % 10)
-    np.savez("few.npz", images=np.zeros((99, 28, 28), np.uint8), labels=np.arange(99) % 10)
-    np.savez("bare.npz", images=np.zeros((99, 28, 28), np.uint8))
-    np.savez("eleven.npz", images=np.zeros((99, 28, 28), np.uint8), labels=np.arange(99) % 11)
-    tensors, metadata = read_tensors(sample.SHIPPED)
-    tensors["conv_out.bias"] *= float("nan")
-    saved("nan", tensors, **asdict(config_from(metadata)))
+    monkeypatch.chdir(unfit)
     weights = [] if "--weights" in argv or script is train else ["--weights", sample.SHIPPED]
     status, text, errors = call(script, *weights, *argv, *([] if script is evaluate else [
         "--steps", 1]))

@@ -25,7 +25,7 @@ from conftest import TINY
 from support import console, data as files
 from support.config import Config
 from support.console import on_stop
-from support.devices import seed_from
+from support.devices import seed_from, standard_normal
 from support.pictures import atomic_write
 from support.run import Run, lock, open_run
 from support.weights import read_tensors, write_tensors
@@ -266,6 +266,23 @@ def test_two_processes_are_one(tiny, call, tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="no multiple of 3"):
         patch.setenv("WORLD_SIZE", "3")
         open_run(Path("three"), CPU, dict(data=str(tiny), batch=16), resume=False)
+
+
+@given(st.integers(1, 64), st.integers(1, 3))
+def test_several_processes_draw_what_one_draws(count, world):
+    """Algorithm 1, lines 2 to 4: the parts of all processes, dealt in turn, are one's whole."""
+    images = np.arange(50 * 3, dtype=np.uint8).reshape(50, 1, 1, 3)
+    config = Config(flip=True, num_classes=50, batch=count * world)
+
+    def drawn(rank, processes):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RANK", str(rank)), patch.setenv("WORLD_SIZE", str(processes))
+            rng, n = torch.Generator().manual_seed(7), count * world // processes
+            next_batch = train.batches(images, np.arange(50), config, CPU)
+            return [train.stratified_t(n, 1000, rng), standard_normal((n, 2, 3), rng),
+                    *next_batch(1)]
+    for one, *parts in zip(drawn(0, 1), *(drawn(rank, world) for rank in range(world))):
+        assert torch.equal(torch.stack(parts, 1).reshape(one.shape), one)
 
 
 def test_the_second_process_saves_nothing_and_drops_others(tmp_path, monkeypatch):
