@@ -1,8 +1,8 @@
-"""Algorithm 1: teach a network to see the noise in an image.                   N6, N7, V13, Ho (14)
+"""Algorithm 1: teach a network to predict the noise in an image.               N6, N7, V13, Ho (14)
 
-`python train.py` trains on the digits in assets/ and draws new ones into out/.  `--data PATH` takes
-other images, `--resume` continues a stopped run, `torchrun --nproc_per_node=N train.py` uses N
-devices.
+`python train.py` trains on the digits in assets/ and draws new ones into out/, with the average of
+its weights.  `--data PATH` takes other images, `--resume` continues a stopped run, `torchrun
+--nproc_per_node=N train.py` uses N devices.
 """
 from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Callable, Iterator

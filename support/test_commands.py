@@ -25,7 +25,7 @@ from support import data as files
 from support.config import PRESETS, Config, Sampling
 from support.test_data import decoded
 from support.test_weights import network, saved
-from support.weights import config_from, read_tensors
+from support.weights import config_from, load_network, read_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 CLEAR = ["--T", 4, "--beta-1", 1e-6, "--beta-T", 1e-6]       # so little noise that x_0 can be read
@@ -65,7 +65,8 @@ def test_training_says_what_it_does_and_the_loss_falls(trained, tiny):
     images, labels = files.load(tiny)
     least, known = evaluate.least_loss(images, labels, config_from(read_tensors(
         out / "checkpoint.safetensors")[1]), draws=1000)
-    for text in ("device    cpu",
+    net, _ = load_network(out / "network.safetensors", torch.device("cpu"))
+    for text in ("device    cpu", f"network   {unet.parameters(net):,} parameters",
                  "180 of 8x8x1 to train on, 20 held out, 2 labels, pixels 0 .. 239",
                  "linear, T = 20: L_T = 0.00", "1 for a network that predicts no noise; "
                  f"{least:.4f}, the least there is for {known} of\n          these images",

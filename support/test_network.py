@@ -118,20 +118,21 @@ def test_a_block_is_its_equation():
     near32(block(x, temb), (h + block.shortcut(x)).detach().numpy(), condition=10)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("groups", [1, 4])
-def test_norms_of_bfloat16_have_exact_sums(groups):
+def test_norms_of_bfloat16_have_exact_sums(groups, device):
     """Ho appendix B: GroupNorm of bfloat16 is that of exact numbers but for its last rounding, also
     of pixels far from 0, where sums in bfloat16 would be off by whole units.
     """
-    norm, generator = Norm(groups, 16, eps=1e-6), torch.Generator().manual_seed(0)
+    norm, generator = Norm(groups, 16, eps=1e-6).to(device), torch.Generator().manual_seed(0)
     x = (20 + 3 * torch.randn(2, 16, 8, 8, generator=generator)).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        found = norm(x.contiguous(memory_format=torch.channels_last))
+    with torch.autocast(device, torch.bfloat16):
+        found = norm(x.to(device, memory_format=torch.channels_last))
     grouped = x.double().reshape(2, groups, -1)
     exact = ((grouped - grouped.mean(2, keepdim=True))
              / (grouped.var(2, correction=0, keepdim=True) + 1e-6).sqrt()).reshape(x.shape)
     assert found.dtype == torch.bfloat16
-    np.testing.assert_allclose(found.detach().double(), exact, rtol=2**-8, atol=1e-4)
+    np.testing.assert_allclose(found.detach().cpu().double(), exact, rtol=2**-8, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", DEVICES)
