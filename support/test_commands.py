@@ -282,7 +282,8 @@ def test_every_option_of_training_changes_what_is_trained(name, argv, plain_run,
     parameters or their average.
     """
     assert {name for name, _ in TRAINING} == {f.name for f in fields(Config) if f.metadata["help"]}
-    monkeypatch.setattr(train, "draw_samples", lambda run, path: None)
+    for part in ("draw_samples", "announce"):
+        monkeypatch.setattr(train, part, lambda *args: None)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     images = np.random.default_rng(0).integers(0, 256, (30, 8, 8), np.uint8)
     np.savez("images.npz", images=images, labels=np.arange(30) % 3)
@@ -512,6 +513,7 @@ def test_the_bound_is_that_of_the_held_out_images(random_network, coloured, call
     monkeypatch.setattr(evaluate, "nearest", nearest), monkeypatch.setattr(console, "time", clock)
     status, text, errors = call(evaluate, "--weights", "net", "--device", "cpu")
     assert status == 0 and not errors and text.count("the bound: t = 1 ·") == 1
+    assert text.startswith("net on cpu\n")
     assert "t = 6 · 32 images/s · 0:00:05 left" in text                   # 32 in each second
     rows = files.split(40)[1]
     steps = [step for step in watched if len(step.x_t) != 10]        # ten images are of perfect.png

@@ -80,7 +80,7 @@ def load_network(path: str | Path, device: torch.device) -> tuple[UNet, Config]:
         ema = {name.removeprefix("ema."): tensor for name, tensor in found.items()
                if name.startswith("ema.")}                                    # of a whole run
         net.load_state_dict(ema or found, assign=True)
-    return net.float().to(device, memory_format=torch.channels_last).eval(), config
+    return net.float().to(device).eval(), config
 
 
 # ── Published networks ────────────────────────────────────────────────────────────────────────────
