@@ -6,7 +6,6 @@ held-out images, and how near what is drawn comes to the images of the training.
 """
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 import ddpm
 import posterior
 from ddpm import Schedule
-from sample import TRAINED, SHIPPED, draw_images
+from sample import SHIPPED, TRAINED, draw_images
 from support.config import Config, Sampling, options
 from support.console import Progress, run_script
 from support.data import DIGITS, fingerprint, held_out_images, load, split, to_batch, to_pixels

@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numpy import log, log1p, sqrt
 
-from ddpm import Schedule, draw, eps_from_x0, linear, log_normal, q_marginal, q_step
+from ddpm import Schedule, draw, linear, log_normal, q_marginal, q_step
 
 
 # ── The true posterior ────────────────────────────────────────────────────────────────────────────
