@@ -69,6 +69,7 @@ def test_a_stopped_run_goes_on_exactly(seed, tiny, call, short, monkeypatch):
             resume = ["--resume", "--out"] if there else argv
             status, text, _ = call(train, *resume, "a b", "--device", "cpu")
         assert status == 128 + number and step_of("a b") == last + last % 2
+        assert not Path(f"a b/step-{last + last % 2:06}.png").exists()            # no time is lost
         assert (f"stopped and saved at step {last + last % 2}; to resume: python train.py --resume "
                 "--out 'a b'") in text
     assert call(train, "--resume", "--out", "a b", "--device", "cpu")[0] == 0
