@@ -117,7 +117,7 @@ def nearest(images: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.nd
     Both uint8, (…, H, W, C).
     """
     x, x_i = (torch.from_numpy(part.reshape(len(part), -1)).double() for part in (images, training))
-    each = torch.cdist(x, x_i, compute_mode="donot_use_mm_for_euclid_dist")    # 0 means equal, then
+    each = torch.cdist(x, x_i, compute_mode="donot_use_mm_for_euclid_dist")       # 0 for a copy
     distance, index = each.min(dim=1)
     return (distance / x.shape[1] ** 0.5 / 127.5).numpy(), index.numpy()
 

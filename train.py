@@ -88,7 +88,8 @@ def optimizer_step(optimizers: list[torch.optim.Optimizer], scale: float):
 def update_ema(ema: nn.Module, net: nn.Module, step: int, decay: float):
     """θ_ema ← d θ_ema + (1 − d) θ,  d = min(decay, (1 + step)/(10 + step))
 
-    At first this averages about the latest tenth of the steps; near step 9,000 d reaches 0.999.
+    At first this averages about the latest tenth of the steps, with a decay of 0.999 up to step
+    9,000.
     """
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_([*ema.parameters()], [*net.parameters()], 1 - d)
@@ -102,7 +103,7 @@ def batches(images: np.ndarray, labels: np.ndarray | None, config: Config,
     for "no label", takes the place of an image's own.
     """
     training, _ = split(len(images))
-    to = dict(device=device, non_blocking=device.type == "cuda")  # MPS would read too late
+    to = dict(device=device, non_blocking=device.type == "cuda")  # MPS would read it too late
 
     def next_batch(step):
         rng = torch.Generator().manual_seed(seed_from("data", config.seed, step))     # on the host

@@ -107,8 +107,8 @@ class Sampling:
     clip: bool = setting(True, "keep the predicted x0 in [-1, 1]")
     guidance: float = setting(1.0, "0 ignores the label, 1 follows it, more exaggerates it", 0.0,
                               100.0)
-    label: str = setting("each", "a class; none; or each: the classes in turn, a column for each, "
-                         "and with --keep none")
+    label: str = setting("each", "a class; none; or each: all classes in turn, a column for each "
+                         "(with --keep: none)")
     keep: str | None = setting(None, "keep a part of held-out images, complete each in four ways",
                                choices=("left", "right", "top", "bottom", "centre", "coarse"))
     resample: int = setting(1, "with --keep: how often each step is taken", 1, 1000)

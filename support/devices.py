@@ -62,7 +62,7 @@ def graphed(predict: Callable, device: torch.device, batch: int, config,
     """
     if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         return predict
-    warnings.filterwarnings("ignore", "The AccumulateGrad node")     # is of the stream of capturing
+    warnings.filterwarnings("ignore", "The AccumulateGrad node")    # the capture has its own stream
     with autocast(device, config.float32):
         x_t = torch.zeros(batch, *config.image_shape, device=device)
         t, label = (torch.ones(batch, dtype=torch.long, device=device) for _ in range(2))

@@ -301,6 +301,18 @@ def test_the_second_process_saves_nothing_and_drops_others(tmp_path, monkeypatch
     assert len({seed_from(use, 0, 1) for use in ("data", "noise", "dropout")}) == 3
 
 
+def test_each_process_has_a_gpu_of_its_own(call, monkeypatch):
+    """Many devices: where there are GPUs, process k of a machine takes the k-th; one that is not
+    there is named in one line.
+    """
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "99"), ("WORLD_SIZE", "100")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    status, text, errors = call(train)
+    assert (status, text) == (2, "") and errors.count("\n") == 1
+    assert errors.startswith("train.py: there is no device 'cuda:99' here: choose from ")
+
+
 @settings(max_examples=int(os.environ.get("TRIES", 150)) // 5)
 @given(data=st.data())
 def test_any_run_goes_on_or_is_refused(trained, tmp_path_factory, data):
