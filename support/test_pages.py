@@ -150,7 +150,8 @@ def test_the_quick_start_and_then_the_path_can_be_followed(call, tmp_path):
 
 LATEX = [(r"\\(big|Big)\b|\\(mathrm|mathcal|text)\b|\\(?=min\b|ln\b|log\b)", ""),
          (r"\\bar\\alpha", "ᾱ"), (r"\\tilde\\beta", "β̃"), (r"\\tilde\\mu", "μ̃"),
-         (r"\\hat x", "x̂"), (r"\\mathbb E", "E"), (r"\\sqrt", "√"), (r"\\mid\b", "|"), (r"\\[lr]?Vert", "‖"),
+         (r"\\hat x", "x̂"), (r"\\mathbb E", "E"), (r"\\sqrt", "√"), (r"\\mid\b", "|"),
+         (r"\\[lr]?Vert", "‖"),
          (r"\\ldots", "…"), (r"\\sim", "~"), (r"\\lbrace|\\rbrace", ""), (r"\\nabla", "∇"),
          (r"\\le\b", "≤"), (r"\\tfrac", r"\\frac"), (r"-", "−"), ("²", "^2"), ("½", "1/2"),
          *((rf"\\{name}", letter) for name, letter in dict(
@@ -225,7 +226,7 @@ def test_the_formulas_of_the_reading_guide_are_those_of_the_docstrings():
         of_page[name] |= tags((re.match(r"\*\*(.*?)\*\*", equation) or ["", ""])[1])
         of_docstring[name] = tags(docstring.split("\n")[0])
         latex = plain(", ".join(re.findall(r"\$(.*?)\$", equation)))
-        assert latex in plain(docstring) or name in (         # of these the docstring has it in words
+        assert latex in plain(docstring) or name in (             # these docstrings have it in words
             "scaled_step", "linear", "reverse_step", "reverse_variance", "trajectory_bound",
             "trajectory_terms"), (name, latex)
     assert of_page == of_docstring and len(of_page) > 35
