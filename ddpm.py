@@ -13,7 +13,12 @@ shape; t is an integer, or an array that broadcasts against them where a formula
 from typing import NamedTuple
 
 import numpy as np
-from numpy import cos, exp, expm1, log, log1p, pi, sqrt
+from numpy import cos, exp, expm1, log, log1p, pi
+
+
+def sqrt(x):
+    """√x as a power: so each formula takes floats, arrays, tensors, exact numbers and letters."""
+    return x ** 0.5
 
 
 # ── Schedules: how much noise each step adds ──────────────────────────────────────────────────────
@@ -70,36 +75,6 @@ def cosine(T: int = 1000) -> Schedule:
     return schedule_of(np.minimum(1 - f[1:] / f[:-1], 0.999))
 
 
-def times(T: int, steps: int) -> np.ndarray:
-    """τ_i = max(i, T (i/N)²), i = 0, …, N, rounded                                            DDIM
-
-    Most of the N = steps lie where little noise is left, because fine detail appears there.  Song
-    et al. (2020), appendix D.2, take ⌊c i²⌋; rounding, and keeping all times distinct, is ours.
-    >>> times(1000, 5)
-    array([   0,   40,  160,  360,  640, 1000])
-    """
-    i = np.arange(steps + 1)
-    return np.maximum(i, np.rint(T * (i / steps) ** 2).astype(int))
-
-
-def respaced(schedule: Schedule, times: np.ndarray) -> Schedule:
-    """β = 1 − ᾱ_t/ᾱ_s for neighbours s < t of `times`: the same noise levels in fewer steps.   DDIM
-
-    Nichol and Dhariwal (arXiv:2102.09672), section 4.
-    times: 0 = t_0 < t_1 < … < t_N ≤ T → a schedule of N steps whose ᾱ_k is the old one's at
-    times[k].  Raises ValueError when the times do not begin at 0 or do not increase.
-    >>> respaced(schedule_of([0.5, 0.5, 0.5]), [0, 1, 3]).beta
-    array([0.  , 0.5 , 0.75])
-    """
-    times = np.asarray(times)
-    if times[0] != 0 or np.any(np.diff(times) < 1) or times[-1] > schedule.T:
-        raise ValueError(f"times must increase from 0 to at most {schedule.T}, "
-                         f"not {times.tolist()}")
-    log_alpha = np.diff(np.cumsum(log1p(-schedule.beta))[times], prepend=0.0)
-    return Schedule(-expm1(log_alpha), exp(log_alpha),
-                    schedule.alpha_bar[times], schedule.one_minus_alpha_bar[times])
-
-
 # ── One step ──────────────────────────────────────────────────────────────────────────────────────
 # A Gaussian is a pair (mean, variance); every pixel has its own mean and they share the variance.
 
@@ -150,7 +125,7 @@ def q_step(x_prev, t, schedule):
     >>> q_step(2.0, 1, schedule_of([0.36]))
     (1.6, 0.36)
     """
-    return sqrt(1 - schedule.beta[t]) * x_prev, schedule.beta[t]
+    return sqrt(schedule.alpha[t]) * x_prev, schedule.beta[t]
 
 
 # ── Many steps at once ────────────────────────────────────────────────────────────────────────────
@@ -174,17 +149,6 @@ def q_sample(x0, t, eps, schedule):
     -0.399234
     """
     return sqrt(schedule.alpha_bar[t]) * x0 + sqrt(schedule.one_minus_alpha_bar[t]) * eps
-
-
-def q_between(x_s, s, t, schedule):
-    """q(x_t | x_s) = N(√(ᾱ_t/ᾱ_s) x_s, (1 − ᾱ_t/ᾱ_s) I)                               Ho (2, 4), N2
-
-    s <= t: 0..T.  Returns (mean, variance).  s = 0 is Ho (4) and s = t−1 is Ho (2).
-    >>> q_between(2.0, 1, 3, schedule_of([0.5, 0.5, 0.5]))
-    (1.0, 0.75)
-    """
-    log_ratio = np.sum(log1p(-schedule.beta[s + 1:t + 1]))
-    return exp(log_ratio / 2) * x_s, -expm1(log_ratio)
 
 
 def variance_at(t, variance_0, schedule):

@@ -9,9 +9,9 @@ says how good the prediction must be.  Symbols, tags and shapes as in ddpm.py.
 import math
 
 import numpy as np
-from numpy import log, log1p, sqrt
+from numpy import log
 
-from ddpm import Schedule, draw, linear, log_normal, q_marginal, q_step
+from ddpm import Schedule, draw, linear, log_normal, q_marginal, q_step, sqrt
 
 
 # ── The true posterior ────────────────────────────────────────────────────────────────────────────
@@ -93,35 +93,33 @@ def reverse_step(x_t, eps, t, z, sigma2, schedule: Schedule):
     return draw(reverse_mean(x_t, eps, t, schedule), sigma2 if t > 1 else 0, z)
 
 
-def reverse_variance(variance: str, schedule: Schedule) -> np.ndarray:
+def reverse_variance(choice: str, schedule: Schedule) -> np.ndarray:
     """σ_t² = β_t ("beta") or β̃_t ("beta_tilde"), t = 0..T                           Ho section 3.2
 
-    β_t is exact for data from N(0, I), β̃_t for a single image.  β̃_1 is 0, and with it the
-    density of x_0 given x_1 would be infinite; as in the paper's code the decoder L_0 then uses
-    β̃_2 (β_1 if T = 1).
+    β_t is exact for data from N(0, I), β̃_t for a single image.  Algorithm 2 adds no noise at
+    t = 1, but the decoder L_0 needs a σ_1², and β̃_1 = 0 would make its density infinite: as in the
+    authors' code, both choices have β̃_2 there (β_1 if T = 1).
     >>> reverse_variance("beta_tilde", schedule_of([0.5, 0.5]))
     array([0.      , 0.333333, 0.333333])
     """
-    if variance == "beta":
-        return schedule.beta
-    sigma2 = np.zeros(schedule.T + 1)
-    sigma2[1:] = beta_tilde(np.arange(1, schedule.T + 1), schedule)
-    sigma2[1] = sigma2[2] if schedule.T > 1 else schedule.beta[1]
+    sigma2 = schedule.beta.copy()
+    if choice == "beta_tilde":
+        sigma2[2:] = beta_tilde(np.arange(2, schedule.T + 1), schedule)
+    if schedule.T > 1:
+        sigma2[1] = beta_tilde(2, schedule)
     return sigma2
 
 
 # ── The distance between two Gaussians ────────────────────────────────────────────────────────────
 
 def kl(mean_1, variance_1, mean_2, variance_2):
-    """KL(N_1 ‖ N_2) = ½ [ln(v_2/v_1) + v_1/v_2 − 1 + (m_1−m_2)²/v_2], in nats per pixel       KL
+    """KL(N_1 ‖ N_2) = ½ [v_1/v_2 − 1 − ln(v_1/v_2) + (m_1−m_2)²/v_2], in nats per pixel       KL
 
     >>> kl(1.0, 2.0, 0.0, 1.0)
     0.653426
     """
-    gap = variance_1 - variance_2
-    # ln(v_1/v_2), with all its digits where v_1 is nearly v_2
-    log_ratio = np.sign(gap) * log1p(abs(gap) / np.minimum(variance_1, variance_2))
-    return (gap / variance_2 - log_ratio + (mean_1 - mean_2) ** 2 / variance_2) / 2
+    ratio = variance_1 / variance_2          # near 1 the rounding is 1e-16 nats, whatever the KL is
+    return (ratio - 1 - log(ratio) + (mean_1 - mean_2) ** 2 / variance_2) / 2
 
 
 # ── The matching term L_{t−1}, three ways ─────────────────────────────────────────────────────────

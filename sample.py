@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm import Schedule, respaced, snr, times
+from ddpm import Schedule, snr
 from posterior import beta_tilde
 from support.config import Config, Sampling, options
 from support.console import Progress, run_script
@@ -118,6 +118,37 @@ def dpm_step(x_t, t, x0, x0_prev, z, schedule, eta=0.0):
     r = ((now - past) / (ahead - now)).nan_to_num(math.inf, math.inf)      # ∞ − ∞ counts as ∞ too
     D = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_prev
     return ddim_step(x_t, t, D, z, schedule, eta)
+
+
+# ── Fewer steps ──────────────────────────────────────────────────────────────────────────────────────
+
+def times(T: int, steps: int) -> np.ndarray:
+    """τ_i = max(i, T (i/N)²), i = 0, …, N, rounded                                            DDIM
+
+    Most of the N = steps lie where little noise is left, because fine detail appears there.  Song
+    et al. (2020), appendix D.2, take ⌊c i²⌋; rounding, and keeping all times distinct, is ours.
+    >>> times(1000, 5)
+    array([   0,   40,  160,  360,  640, 1000])
+    """
+    i = np.arange(steps + 1)
+    return np.maximum(i, np.rint(T * (i / steps) ** 2).astype(int))
+
+
+def respaced(schedule: Schedule, tau: np.ndarray) -> Schedule:
+    """β = 1 − ᾱ_t/ᾱ_s for neighbours s < t of τ: the same noise levels in fewer steps.   DDIM
+
+    Nichol and Dhariwal (arXiv:2102.09672), section 4.
+    tau: 0 = τ_0 < τ_1 < … < τ_N ≤ T → a schedule of N steps whose ᾱ_k is the old one's at τ_k.
+    Raises ValueError when the times do not begin at 0, do not increase or go beyond T.
+    >>> respaced(schedule_of([0.5, 0.5, 0.5]), [0, 1, 3]).beta
+    array([0.  , 0.5 , 0.75])
+    """
+    tau = np.asarray(tau)
+    if tau[0] != 0 or np.any(np.diff(tau) < 1) or tau[-1] > schedule.T:
+        raise ValueError(f"times must increase from 0 to at most {schedule.T}, not {tau.tolist()}")
+    log_alpha = np.add.reduceat(np.log1p(-schedule.beta[:tau[-1] + 1]), [0, *tau[:-1] + 1])
+    return Schedule(-np.expm1(log_alpha), np.exp(log_alpha),
+                    schedule.alpha_bar[tau], schedule.one_minus_alpha_bar[tau])
 
 
 # ── Guidance and completion ───────────────────────────────────────────────────────────────────────

@@ -35,8 +35,7 @@ import ddpm
 import posterior
 import sample
 import train
-from ddpm import (Schedule, cosine, draw, linear, log_normal, q_between, q_marginal, q_step,
-                  schedule_of)
+from ddpm import (Schedule, cosine, draw, linear, log_normal, q_marginal, q_step, schedule_of)
 from posterior import A1, A2, C, beta_tilde, kl, reverse_mean, reverse_step
 from support import forward
 from support.config import Config, Sampling
@@ -276,8 +275,8 @@ def test_cosine_has_its_published_values():
     lambda: linear(0), lambda: linear(-3), lambda: cosine(0), lambda: linear(10, 0.0),
     lambda: linear(10, 1e-4, 1.0), lambda: schedule_of([]),
     lambda: schedule_of([0.1, float("nan")]), lambda: schedule_of([[0.1]]),
-    lambda: schedule_of([-0.1]), lambda: schedule_of([1.5]), lambda: ddpm.respaced(PAPER, [1, 5]),
-    lambda: ddpm.respaced(PAPER, [0, 5, 5]), lambda: ddpm.respaced(PAPER, [0, 5, 1001])])
+    lambda: schedule_of([-0.1]), lambda: schedule_of([1.5]), lambda: sample.respaced(PAPER, [1, 5]),
+    lambda: sample.respaced(PAPER, [0, 5, 5]), lambda: sample.respaced(PAPER, [0, 5, 1001])])
 def test_a_schedule_that_cannot_be_is_refused(wrong):
     """T < 1, β outside (0, 1), times that do not increase: an error, never a table of NaN."""
     with np.errstate(invalid="ignore"), pytest.raises(ValueError):
@@ -296,7 +295,7 @@ def test_noise_only_grows(schedule, t, number):
 def test_respacing_keeps_the_noise_levels(schedule, data):
     """DDIM: fewer steps, the same ᾱ; β between two is that of all the steps between, composed."""
     times = [0] + sorted(data.draw(st.sets(st.integers(1, schedule.T), min_size=1)))
-    short = ddpm.respaced(schedule, times)
+    short = sample.respaced(schedule, times)
     assert short.T == len(times) - 1
     log_alpha_bar = abs(math.log(schedule.alpha_bar[times[-1]]))
     assert np.array_equal(short.alpha_bar, schedule.alpha_bar[times])
@@ -394,18 +393,24 @@ def test_composing_the_steps_gives_the_marginal(schedule, t, number):
     assert q_marginal(x0, 0, schedule) == (x0, 0)
 
 
+def between(x_s, s, t, schedule):
+    """q(x_t | x_s): a step of the schedule that has no times but 0, s and t."""
+    short = sample.respaced(schedule, sorted({0, s, t}))
+    return q_step(x_s, short.T, short) if s < t else (x_s, 0.0)
+
+
 @given(schedules, st.data(), pixels)
 def test_any_two_times_compose(schedule, data, x0):
     """Ho (2, 4): q(x_t|x_s), s ≤ t, after q(x_s|x_0) gives q(x_t|x_0); neighbours give q_step."""
     s, t = sorted([data.draw(st.integers(0, schedule.T)), data.draw(st.integers(0, schedule.T))])
     mean_s, variance_s = q_marginal(x0, s, schedule)
-    scale, added = q_between(1.0, s, t, schedule)
+    scale, added = between(1.0, s, t, schedule)
     mean_t, variance_t = q_marginal(x0, t, schedule)
     condition = 1 + abs(math.log(schedule.alpha_bar[t]))
-    near(q_between(mean_s, s, t, schedule)[0], mean_t, condition)
+    near(between(mean_s, s, t, schedule)[0], mean_t, condition)
     near(scale ** 2 * variance_s + added, variance_t, condition)
     if t < schedule.T:
-        near(q_between(x0, t, t + 1, schedule), q_step(x0, t + 1, schedule))
+        near(between(x0, t, t + 1, schedule), q_step(x0, t + 1, schedule))
 
 
 @given(st.lists(betas, min_size=1, max_size=12).map(tables), st.data())
@@ -418,7 +423,7 @@ def test_covariance_of_two_times(schedule, data):
         for u in range(1, t + 1):
             path.append(draw(*q_step(path[-1], u, schedule), unit[u]))
         covariance += path[s] * path[t]
-    expected = q_between(1.0, s, t, schedule)[0] * q_marginal(0.0, s, schedule)[1]
+    expected = between(1.0, s, t, schedule)[0] * q_marginal(0.0, s, schedule)[1]
     near(covariance, expected, condition=1 + abs(math.log(schedule.alpha_bar[t])))
 
 
@@ -587,13 +592,14 @@ def test_the_two_variances_are_the_two_extremes(schedule, t, number):
 
 @given(schedules)
 def test_sigma_is_one_of_two_and_never_0(schedule):
-    """Ho (13), section 3.2: σ_t² = β_t or β̃_t, but β̃_1 = 0 cannot be a density's variance: β̃_2
-    stands for it, and β_1 where T = 1.
+    """Ho (13), section 3.2: σ_t² = β_t or β̃_t; but β̃_1 = 0 cannot be a density's variance, and for
+    both, as in the authors' code, β̃_2 stands at t = 1, or β_1 where T = 1.
     """
-    assert np.array_equal(posterior.reverse_variance("beta", schedule), schedule.beta)
-    found, T = posterior.reverse_variance("beta_tilde", schedule), schedule.T
-    assert found[2:].tolist() == [beta_tilde(t, schedule) for t in range(2, T + 1)]
-    assert found[0] == 0 and found[1] == (found[2] if T > 1 else schedule.beta[1]) > 0
+    T, tilde = schedule.T, [beta_tilde(t, schedule) for t in range(2, schedule.T + 1)]
+    for choice, expected in (("beta", schedule.beta[2:].tolist()), ("beta_tilde", tilde)):
+        found = posterior.reverse_variance(choice, schedule)
+        assert found[2:].tolist() == expected and found[0] == 0
+        assert found[1] == (tilde[0] if T > 1 else schedule.beta[1]) > 0
 
 
 # ── The distance between two Gaussians, and the matching term ─────────────────────────────────────
@@ -914,8 +920,7 @@ FORMULAS = {
     "V11": lambda a, b, t, s: posterior.matching_x0(a, b, t, s.beta[t], s),
     "score": lambda a, b, t, s: posterior.score(a, t, s),
     "Tweedie": lambda a, b, t, s: posterior.tweedie_mean(a, b, t, s),
-    "Ho (2, 4), between": lambda a, b, t, s: q_between(a, t // 2, t, s)[1],
-    "DDIM, respaced": lambda a, b, t, s: ddpm.respaced(s, [0, t]).beta[1],
+    "DDIM, respaced": lambda a, b, t, s: sample.respaced(s, [0, t]).beta[1],
 }
 
 

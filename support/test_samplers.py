@@ -134,7 +134,7 @@ def test_the_samplers_are_those_of_diffusers(times, sampling, x_0):
     """Algorithm 2, DDIM: diffusers 0.42.1 ends in the same four pixels, in float64: ε_θ is
     tanh(0.7 x + 0.3 sin t), x_T as below, z of the i-th step cos(1.3 j + i).
     """
-    tables_64 = Schedule(*map(torch.tensor, ddpm.respaced(PAPER, times)))
+    tables_64 = Schedule(*map(torch.tensor, sample.respaced(PAPER, times)))
     noises = iter([GOLDEN, *(np.cos(1.3 * np.arange(4) + i) for i in range(1000))])
     step = sample.sampler_step(lambda x, t: torch.tanh(0.7 * x + 0.3 * math.sin(times[t])),
                                tables_64, sampling)
@@ -157,7 +157,7 @@ def test_orders_of_the_solvers():
             # what is left is one first-order step for both
             times = np.concatenate(
                 [[0], np.linspace(12800 // 80, 12800, steps + 1).round().astype(int)])
-            short = ddpm.respaced(fine, times)
+            short = sample.respaced(fine, times)
             noises = [torch.ones(1, dtype=torch.float64)] + [torch.zeros(1)] * steps
             sampling = Sampling(name, eta=0.0, clip=False)
             *_, x_1, _ = gaussian_trajectory(sampling, short, m, s2, noises)
@@ -179,11 +179,11 @@ def test_orders_of_the_solvers():
 def test_the_times_are_distinct_and_go_from_0_to_T(T, data):
     """DDIM: N steps stand at N different times for any N ≤ T, evenly in √t where there is room."""
     steps = data.draw(st.integers(1, T)) if data else T
-    tau = ddpm.times(T, steps)
+    tau = sample.times(T, steps)
     assert tau[0] == 0 and tau[-1] == T and len(tau) == steps + 1 and np.all(np.diff(tau) >= 1)
     for i, t in enumerate(tau.tolist()):
         assert t == i or abs(t - Fraction(T * i * i, steps * steps)) <= Fraction(1, 2)
-    assert ddpm.times(1000, 10).tolist() == [0, 10, 40, 90, 160, 250, 360, 490, 640, 810, 1000]
+    assert sample.times(1000, 10).tolist() == [0, 10, 40, 90, 160, 250, 360, 490, 640, 810, 1000]
 
 
 def test_clipping_changes_the_mean_it_claims_to_change():
@@ -238,7 +238,7 @@ def test_any_number_of_steps_calls_the_network_that_often(sampler, T, data):
     images = list(sample.generate(net, config, Sampling(sampler, steps=steps), range(2)))
     called = [t[0].item() for _, t, _ in net.calls]
     assert len(images) == min(T, steps) + 1 and all(torch.isfinite(x).all() for x, _ in images)
-    assert called == ddpm.times(T, min(T, steps))[:0:-1].tolist()
+    assert called == sample.times(T, min(T, steps))[:0:-1].tolist()
 
 
 def test_each_x_t_comes_with_the_image_that_was_predicted():
