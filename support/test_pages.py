@@ -1,8 +1,10 @@
-"""README.md, READING.md and MEASURED.md against the code; and the exercises."""
+"""The pages against the code; and the exercises."""
 import ast
 import collections
+import gzip
 import importlib
 import inspect
+import pickle
 import re
 import shlex
 import shutil
@@ -13,24 +15,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import ddpm
+import evaluate
 import posterior
 import sample
 import train
 from support import exercises
 from support.config import PRESETS, Sampling
-from support.data import split
-from support.test_data import decoded
+from support.data import load, split, to_pixels
+from support.test_data import decoded, idx
 from test_math import Exact, exactly, near
 from unet import UNet, parameters
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = README, READING, MEASURED = [
-    (ROOT / f"{name}.md").read_text(encoding="utf-8") for name in ("README", "READING", "MEASURED")]
-QUICK_START = [part for block in re.findall(r"```sh\n(.*?)\n```", README) for part in
-               block.split(" && ")]
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.md"))}
+README, READING, DATA, MEASURED = (PAGES[name] for name in ("README", "READING", "DATA", "MEASURED"))
+ALL = re.sub(r" \\\n\s+", " ", "\n".join(PAGES.values()))        # a long command is one line
 PATH = re.search(r"## A path of 45 minutes\n(.*?)\n## ", READING, re.S)[1]
+
+
+def fenced(page, kind):
+    """The blocks of code of a page, without the indentation of a list."""
+    return [inspect.cleandoc("\n" + block) for block in
+            re.findall(rf"^ *```{kind}\n(.*?)^ *```", page, re.M | re.S)]
 
 
 def rows_of(page, title):
@@ -40,37 +49,39 @@ def rows_of(page, title):
             for row in table.splitlines()]
 
 
-# ── Links, commands, figures ──────────────────────────────────────────────────────────────────────
+# ── Links, commands, recipes ──────────────────────────────────────────────────────────────────────
 
-@pytest.mark.parametrize("page", PAGES, ids=["README", "READING", "MEASURED"])
-def test_the_pages_name_only_what_exists(page):
+@pytest.mark.parametrize("name", PAGES)
+def test_the_pages_name_only_what_exists(name):
     """Every link leads to the line of its function or proof, to a file or to a heading; every file
     and flag is there.
     """
-    links = re.findall(r"\[([^]]+)\]\((?!http)([\w./-]*)#?([\w-]*)\)", page)
+    links = re.findall(r"\[([^]]+)\]\((?!http)([\w./-]*)#?([\w-]*)\)", PAGES[name])
     for words, file, place in links:
         assert not file or (ROOT / file).exists(), file
-        text = (ROOT / file).read_text(encoding="utf-8") if file[-3:] in (".py", ".md") else page
+        text = PAGES[Path(file).stem if file else name] if file[-3:] in ("", ".md") else (
+            (ROOT / file).read_text(encoding="utf-8") if place else "")
         if re.fullmatch(r"L\d+", place):                   # a proof is named in words
-            name = words.strip("`") if words[0] == "`" else "test_" + re.sub(r"\W+", "_", words)
+            target = words.strip("`") if words[0] == "`" else "test_" + re.sub(r"\W+", "_", words)
             line = text.splitlines()[int(place[1:]) - 1]
-            assert re.match(rf"(def|class) {name}\b", line, re.I), (file, words)
+            assert re.match(rf"(def|class) {target}\b", line, re.I), (file, words)
         elif place:
             headings = re.findall("^#+ (.*)", text, re.M)
             assert place in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]
-    assert len(links) > {README: 15, READING: 150, MEASURED: 1}[page]
-    for name in map("".join, re.findall(
-            r"`((?:\w+/)?[\w-]+\.(?:py|npz|txt))`|\]\((assets/[\w./-]+)\)", page)):
-        assert (ROOT / name).exists() or "/" not in name and name[-4:] == ".npz", name
+    assert len(links) > {"READING": 120, "FAQ": 70, "ARTICLES": 50, "README": 20}.get(name, 6)
+    for path in map("".join, re.findall(
+            r"`((?:\w+/)?[\w-]+\.(?:py|txt))`|\]\((assets/[\w./-]+)\)", PAGES[name])):
+        assert (ROOT / path).exists(), path
     known = {option for parser in (train.arguments(), sample.arguments())
              for action in parser._actions for option in action.option_strings}
-    for flag in re.findall(r"(?<![\w-])(--[a-z][\w-]*)", page):
-        assert flag in known | {"--hypothesis-profile", "--nproc_per_node", "--index-url"}, flag
+    others = "--hypothesis-profile --nproc_per_node --index-url --fid --gpu --input1 --input2"
+    for flag in re.findall(r"(?<![\w-])(--[a-z][\w-]*)", PAGES[name]):
+        assert flag in known | {*others.split()}, flag
 
 
 def test_every_command_is_understood():
     """Pages: every `python train.py ...` and `python sample.py ...` is one that it understands."""
-    commands = re.findall(r"python ((?:train|sample)\.py[^`\n]*)", "".join(PAGES))
+    commands = re.findall(r"python ((?:train|sample)\.py[^`\n]*)", ALL)
     assert len(commands) > 30
     for command in commands:
         script, *argv = shlex.split(command)
@@ -78,61 +89,31 @@ def test_every_command_is_understood():
             {"train.py": train, "sample.py": sample}[script].arguments().parse_args(argv)
 
 
-def test_the_figures_of_the_pages_are_the_code_s():
-    """Pages: defaults, sizes and counts; the charts of A1 and A2."""
-    ours, paper, drawn = PRESETS["digits"], PRESETS["cifar10"], Sampling()
-    rises_until = round((10 * paper.ema_decay - 1) / (1 - paper.ema_decay), -3)
-    for page, says in (
-            (README, f"takes {ours.steps:,} steps of {ours.batch} images where the paper takes "
-                     f"{paper.steps:,} of {paper.batch}. It trains with Muon beside Adam "
-                     fr"($\beta_2 = {ours.beta2}$)"),
-            (README, f"its network has {ours.model_channels} channels, two levels with one block "
-                     "each, one group for each norm, attention in the middle only, and sees "
-                     f"squares of {ours.patch_size} x {ours.patch_size} pixels"),
-            (README, f"a warm-up of {ours.warmup} steps instead of {paper.warmup:,}"),
-            (README, f"{parameters(UNet(replace(ours, num_classes=10))):,} "
-                     f"parameters in all instead of {parameters(UNet()) / 1e6:.1f} million"),
-            (README, f"reaches its {paper.ema_decay} only after {rises_until:,.0f} steps"),
-            (README, f"so that {len(split(50_000)[0]):,} are trained on"),
-            (README, f"on {len(split(10_000)[0]):,} of the 10,000 digits"),
-            (README, f"one $t$ from each of {ours.batch} equal parts"),
-            (README, f"is Algorithm 2 with its {drawn.steps:,} steps, {drawn.n} digits"),
-            (READING, f"{parameters(UNet()):,} parameters for CIFAR10"),
-            (READING, f"from {ddpm.snr(1, ddpm.linear()):,.0f} at $t = 1$ through 1 at $t = 259$ "
-                      f"to {ddpm.snr(1000, ddpm.linear()):.5f} at $t = 1000$")):
-        assert says in page, says
-    assert (ours.channel_mult, ours.num_res_blocks, ours.num_groups, ours.attention_resolutions
-            ) == ((1, 2), 1, 1, (0,)) and abs(ddpm.snr(259, ddpm.linear()) - 1) < 0.01
-    x, *lines = (ast.literal_eval(part) for part in re.findall(
-        r"\[.*\]", re.search(r'"A1 \(blue\) and A2 \(red\)"\n(.*?)```', READING, re.S)[1]))
-    for line, function in zip(lines, (posterior.A1, posterior.A2), strict=True):
-        np.testing.assert_allclose(line, function(np.array(x), ddpm.linear()), atol=5.1e-7)
-
-
 def test_the_readme_shows_what_training_prints(trained):
     """README: the last lines of `python train.py`, but for the figures."""
     out, text, _ = trained
-    shown = re.search(r"&& python train\.py\n```\n\n```text\n(.*?)```", README, re.S)[1]
     shown, printed = (re.sub(r"\d+(\.\d+)?", "0", page).splitlines()
-                      for page in (shown, text.replace(str(out), "out")))
+                      for page in (fenced(README, "text")[0], text.replace(str(out), "out")))
     assert shown == printed[-len(shown):]
 
 
 def test_the_lines_that_draw_from_python():
-    """READING: what stands there for importers draws the digits it says."""
+    """FAQ: what stands there for importers draws the digits it says."""
     names = {}
-    exec(re.sub("^  ", "", re.search(r"```python\n(  import.*?)```", READING, re.S)[1],
-                flags=re.M), names)
+    exec(fenced(PAGES["FAQ"], "python")[0], names)
     assert names["images"].shape == (10, 28, 28, 1) and names["images"].dtype == np.uint8
-    assert "a uint8 array (10, 28, 28, 1)" in READING and names["images"].std() > 50
+    assert "a uint8 array (10, 28, 28, 1)" in ALL and names["images"].std() > 50
 
 
 def test_the_quick_start_and_then_the_path_can_be_followed(call, tmp_path):
     """README, and in the same folder READING's path of 45 minutes: each command runs, made short
     where it takes long, and no later one finds an earlier one's files in its way.
     """
-    assert "pip install -r requirements.txt" in QUICK_START and QUICK_START[-1] == "pytest"
-    commands = [*QUICK_START, *re.findall(r"`(python .*?)`", PATH)]
+    start = [part for block in fenced(README[README.index("## Run it"):], "sh")
+             for part in block.split(" && ")][:6]
+    assert "pip install -r requirements.txt" in start and start[-1] == "pytest"
+    commands = start + re.findall(r"^(python .*)|`(python .*?)`", PATH.replace("\\\n", ""), re.M)
+    commands = ["".join(command) for command in commands]
     for command in commands:
         script, *argv = shlex.split(command)[1:] or [""]
         if script in ("train.py", "sample.py"):
@@ -142,8 +123,164 @@ def test_the_quick_start_and_then_the_path_can_be_followed(call, tmp_path):
         elif script == "evaluate.py":
             assert (tmp_path / argv[argv.index("--weights") + 1]).exists()
     assert {"python ddpm.py", "python posterior.py"} < {*commands}    # run in test_commands.py
-    for name in ("samples.png", "step-000002.png", "mine/step-000002.png", "T50/step-000002.png"):
+    for name in ("1000.png", "step-000002.png", "mine/step-000002.png", "T50/step-000002.png"):
         assert decoded(tmp_path / "out" / name)[0].std() > 10
+
+
+GREY = np.random.default_rng(0).integers(1, 255, (12, 28, 28)).astype(np.uint8)
+GREY[:, [0, -1]] = GREY[:, :, [0, -1]] = 0
+COLOUR, LABELS = np.stack([GREY, GREY // 2, 255 - GREY], axis=3), np.arange(12) % 10
+CLEAR = (np.arange(12) % 3 > 0)[:, None, None, None]
+BYTES = np.random.default_rng(1).integers(0, 256, (12, 3, 32, 32)).astype(np.uint8)
+# What "x.npy" holds in a row of the table, or what another package would read; and the images.
+KINDS = {
+    "numbers 0": (GREY / 255, GREY), "numbers -1": (to_pixels(GREY), GREY),
+    "0 … 255": (GREY.astype(float), GREY), "16 bits": (257 * GREY.astype(np.uint16), GREY),
+    "black and white": (GREY > 99, np.where(GREY > 99, 255, 0)),
+    "channels first": (COLOUR.transpose(0, 3, 1, 2), COLOUR),
+    "RGBA": (np.concatenate([COLOUR, np.where(CLEAR, 255, COLOUR[..., :1] * 0)], axis=3),
+             np.where(CLEAR, COLOUR, 255)),
+    "colours that": (np.stack([GREY] * 3, axis=3), GREY), "sides": (GREY[:, 1:-1, 1:-1], GREY),
+    "one image": (COLOUR[3], COLOUR[3:4]), "rows of 784": (None, GREY), "a CSV": (None, GREY),
+    "`arr_0`": (None, GREY), "EMNIST": (None, GREY), "QMNIST": (None, None),
+    "PyTorch": (None, COLOUR), "CIFAR's": (None, BYTES.transpose(0, 2, 3, 1)),
+    "`.mat`": (dict(X=COLOUR.transpose(1, 2, 3, 0), y=(LABELS + 10 * (LABELS == 0))[:, None]),
+               COLOUR),
+    "`.h5`": (dict(images=GREY, labels=LABELS), GREY), "Parquet": (None, None)}
+
+
+def test_two_lines_make_it_right(tmp_path, monkeypatch):
+    """DATA: each row of the table, on a small file of its kind, and CIFAR-10's lines; what needs
+    another package is given what that would read.  Recipes are 80 characters wide.
+    """
+    monkeypatch.chdir(tmp_path)
+    np.save("cat.npy", GREY.reshape(12, 784))
+    np.savetxt("train.csv", np.column_stack([LABELS, GREY.reshape(12, 784)]), "%d", ",",
+               header="label,pixels")
+    np.savez("kmnist-train-imgs.npz", GREY)
+    np.savez("kmnist-train-labels.npz", LABELS)
+    Path("emnist-letters-train-images-idx3-ubyte.gz").write_bytes(
+        gzip.compress(idx(GREY.transpose(0, 2, 1))))
+    np.r_[3074, 12, 8, np.column_stack([LABELS] * 8).ravel()].astype(">i4").tofile(
+        "qmnist-train-labels-idx2-int")
+    torch.save(torch.from_numpy(COLOUR).permute(0, 3, 1, 2) / 255, "x.pt")
+    Path("data_batch_1").write_bytes(pickle.dumps(
+        {b"data": BYTES.reshape(12, -1), b"labels": [*LABELS]}))
+    rows = rows_of(DATA, "What you have, and the two lines that make it right")
+    for (words, cell), (kind, (x, images)) in zip(rows, KINDS.items(), strict=True):
+        assert words.startswith(kind)
+        lines, names = re.findall("`(.*?)`", cell), dict(np=np, x=x)
+        assert len(lines) == 2 and compile("\n".join(lines), kind, "exec")
+        if x is not None and not isinstance(x, dict):
+            np.save("x.npy", x)
+        if kind != "Parquet":
+            exec("\n".join(lines[isinstance(x, dict):]), names)
+        if "labels" in names and names["labels"] is not None:
+            assert [*names["labels"]] == [*LABELS], kind
+        if images is not None:
+            np.savez("mine.npz", images=names["images"])
+            assert np.array_equal(load("mine.npz")[0], images.reshape(*images.shape[:3], -1)), kind
+    Path("cifar-10-batches-bin").mkdir()
+    for k in range(1, 6):
+        np.column_stack([LABELS, BYTES.reshape(12, -1)]).astype(np.uint8).tofile(
+            f"cifar-10-batches-bin/data_batch_{k}.bin")
+    folder, cifar, *_ = fenced(DATA, "python")
+    exec(cifar, {})
+    images, labels = load("cifar10.npz")
+    assert np.array_equal(images[12:24], BYTES.transpose(0, 2, 3, 1)) and [*labels[:12]] == [*LABELS]
+    assert compile(folder, "folder", "exec")
+    assert max(len(line) for page in PAGES.values() for block in (
+        fenced(page, "sh") + [folder, cifar]) for line in block.splitlines()) <= 80
+
+
+# ── Figures: each is what a formula gives, and one figure on all pages ────────────────────────────
+
+def figures():
+    """(the words around a figure, with a group for it; what it must be wherever they stand)"""
+    ours, paper, drawn, t = PRESETS["digits"], PRESETS["cifar10"], Sampling(), np.arange(1, 1001)
+    linear, a1 = ddpm.linear(), posterior.A1(t, ddpm.linear())
+    C = {choice: posterior.C(t, posterior.reverse_variance(choice, linear)[t], linear)
+         for choice in ("beta", "beta_tilde")}
+    constant = posterior.matching_constant(t[1:], linear.beta[1:][1:], linear)
+    digits, labels = load()
+    x0 = to_pixels(digits[:100])
+    least, _ = evaluate.least_loss(digits, labels, replace(ours, num_classes=10))
+    root = np.sqrt(linear.alpha_bar)
+    inverted = (np.sqrt(linear.one_minus_alpha_bar[500]) - np.sqrt(linear.beta[500])) ** 2
+    return {
+        r"A1 is largest, (.*?), at \$t = (\d+)": (f"{a1.max():.5f}", f"{t[a1.argmax()]}"),
+        r"([\d.]+) grey levels of noise|noise of ([\d.]+) grey":
+            f"{127.5 * linear.beta[1] ** 0.5:.1f}",
+        r"beta_1 = 0.01\$ it would be (\d+)": f"{127.5 * 0.01 ** 0.5:.0f}",
+        r"from ([\d,]+) at \$t = 1\$ through 1 at \$t = (\d+)\$ to ([\d.]+) at": (
+            f"{ddpm.snr(1, linear):,.0f}", f"{abs(ddpm.snr(t, linear) - 1).argmin() + 1}",
+            f"{ddpm.snr(1000, linear):.5f}"),
+        r"bar\\alpha_T} = (0\.00\d)": f"{root[1000]:.3f}", r"(\d+)-fold\.": f"{1 / root[1000]:.0f}",
+        r"T = 200\$ leave.*? = ([\d.]+)": f"{np.sqrt(ddpm.linear(200).alpha_bar[200]):.2f}",
+        r"takes (0\.\d+) from \$x_0": f"{posterior.A2(3, linear):.4f}",
+        r"(\d+)-fold from \$t = 2\$ to": f"{C['beta_tilde'][1] / C['beta_tilde'][349]:.0f}",
+        r"beta_t\$ (\d+)-fold": f"{C['beta'][1] / C['beta'][349]:.0f}",
+        r"a constant ([\d.]+) bits": f"{constant.sum() / np.log(2):.3f}",
+        r"L_T\$ is ([\d.]+) bits": f"{posterior.bits_per_dim(posterior.L_T(x0, ddpm.linear(50))):.2f}",
+        r"it would be (0\.\d+), with the linear": f"{linear.alpha_bar[1:].mean():.4f}",
+        r"digits (0\.\d+) is the least": f"{least:.4f}",
+        r"variance ([\d.]+) where \$x_\{499\}\$ has ([\d.]+)": (
+            f"{inverted / linear.alpha[500]:.2f}", f"{linear.one_minus_alpha_bar[499]:.2f}"),
+        r"alpha_2\$ is ([\d.]+), nearly": f"{linear.one_minus_alpha_bar[2]:.5f}",
+        r"beta_1 \\beta_2\$ is ([\d.]+\d)": f"{linear.beta[1] * linear.beta[2]:.9f}",
+        r"(\d+)% of it is still the random": f"{100 * 0.9999 ** 10_000:.0f}",
+        r"\((\d+) epochs; Fréchet": f"{ours.steps * ours.batch / len(split(10_000)[0]):.0f}",
+        r"\((\d+) epochs; 1\.3": f"{40_000 * ours.batch / len(split(60_000)[0]):.0f}",
+        r"\(([\d,]+) epochs\)": f"{paper.steps * paper.batch / 50_000:,.0f}",
+        r"attention among ([\d,]+) pixels": f"{224 * 176 // 4:,}",
+        r"([\d,]+) steps of 64(?! equal)": f"{ours.steps:,}",
+        r"([\d,]+) steps of 128": f"{paper.steps:,}",
+        r"\| ([\d,]+) of (\d+) images \| ([\d,]+) of (\d+) \|": (
+            f"{paper.steps:,}", f"{paper.batch}", f"{ours.steps:,}", f"{ours.batch}"),
+        r"\| ([\d.]+); in the authors' code, .*? of ([\d,]+) steps \| ([\d.]+) and ([\d.]+), "
+        r"a warm-up of (\d+)": (f"{paper.lr}", f"{paper.warmup:,}", f"{ours.lr}",
+                                f"{ours.muon_lr}", f"{ours.warmup}"),
+        r"beta_2 = ([\d.]+)\$": f"{ours.beta2}",
+        r"a decay of (0\.9999) \| .*? at most ([\d.]+) \|": (f"{paper.ema_decay}",
+                                                            f"{ours.ema_decay}"),
+        r"only after ([\d,]+) steps": f"{round((10 * 0.9999 - 1) / (1 - 0.9999), -3):,.0f}",
+        r"so that ([\d,]+) are trained on": f"{len(split(50_000)[0]):,}",
+        r"on ([\d,]+) of the 10,000 digits": f"{len(split(10_000)[0]):,}",
+        r"(?:million|train.py`) \| ([\d,]+) \|": f"{parameters(UNet(replace(ours, num_classes=10))):,}",
+        r"\| ([\d.]+) million": f"{parameters(UNet()) / 1e6:.1f}",
+        r"([\d,]+) parameters for CIFAR10": f"{parameters(UNet()):,}",
+        r"one \$t\$ from each of (\d+) equal": f"{ours.batch}",
+        r"Algorithm 2 with its ([\d,]+) steps, (\d+) digits": (f"{drawn.steps:,}", f"{drawn.n}")}
+
+
+def test_the_figures_of_the_pages_are_the_code_s():
+    """Pages: every figure that a formula or a default gives; the charts of A1 and A2."""
+    for words, value in figures().items():
+        found = {tuple(filter(None, each.groups())) for each in re.finditer(words, ALL)}
+        assert found == {value if isinstance(value, tuple) else (value,)}, words
+    ours, paper = PRESETS["digits"], PRESETS["cifar10"]                     # in words in the README
+    assert (ours.model_channels, ours.channel_mult, ours.num_res_blocks, ours.num_groups,
+            ours.attention_resolutions, ours.patch_size) == (16, (1, 2), 1, 1, (0,), 2)
+    assert (paper.model_channels, len(paper.channel_mult), paper.num_res_blocks, paper.num_groups,
+            paper.attention_resolutions, paper.dropout, paper.flip) == (
+                128, 4, 2, 32, (16,), 0.1, True)
+    x, *lines = (ast.literal_eval(part) for part in re.findall(
+        r"\[.*\]", re.search(r'"A1 \(blue\) and A2 \(red\)"\n(.*?)```', READING, re.S)[1]))
+    for line, function in zip(lines, (posterior.A1, posterior.A2), strict=True):
+        np.testing.assert_allclose(line, function(np.array(x), ddpm.linear()), atol=5.1e-7)
+
+
+def test_a_measured_figure_is_one_figure():
+    """Pages: what was measured and stands twice: bits, seconds, Fréchet distances."""
+    bits = re.findall(r"(\d\.\d\d) against (\d\.\d\d)", ALL) + re.findall(
+        r"default run: at most (\d\.\d\d) bits.*? (\d\.\d\d) with", ALL)
+    training, samplers = (rows_of(MEASURED, title) for title in ("Training", "Samplers"))
+    measured = [[row[k] for row in training[:3]] for k in (1, 2)]
+    (_, seconds, _, scores), algorithm_2, dpm = rows_of(README, "Measured")
+    assert len(bits) == 3 and len({*bits}) == 1
+    assert [cell.split(", ") for cell in (seconds, scores)] == measured
+    for row, options in ((algorithm_2, "none: Algorithm 2"), (dpm, "`--sampler dpm --steps 20`")):
+        assert [row[1], row[3]] in [each[1:3] for each in samplers if each[0] == options]
 
 
 # ── Formulas: what a page says, what a docstring says, what is computed ───────────────────────────
@@ -177,36 +314,21 @@ def tags(text):
 
 @pytest.mark.parametrize("algorithm", [train.algorithm_1, sample.algorithm_2])
 def test_the_algorithms_in_the_readme_are_the_source(algorithm):
-    """Algorithm 1, Algorithm 2: the code beside the paper's lines is that of the two loops."""
-    table = re.search(rf"^.*\[`{algorithm.__name__}`\].*\n((?:\|.*\n)+)", README, re.M)[1]
-    source = inspect.getsource(algorithm)
-    body = ast.parse(source).body[0].body[1:]                                # after the docstring
-    lines = source.splitlines()[body[0].lineno - 1:]
-    assert re.findall("`(.*?)`", table) == [line.split("  #")[0].strip() for line in lines]
-
-
-def test_the_algorithms_in_the_readme_are_the_paper_s():
-    """Algorithm 1, Algorithm 2: the paper's lines, symbol by symbol."""
-    tables = re.search(r"## Algorithms 1 and 2(?s:.*?)\n## ", README)[0]
-    shown = [plain(re.sub(r"[*$]", "", cell)) for cell in re.findall(
-        r"^\| [1-6, ]*\| (?!Algorithm)(.*?) \| `", tables, re.M)]
-    assert shown == [plain(line) for line in (
-        "repeat", "x_0 ~ q(x_0)", "t ~ Uniform({1, …, T})", "ε ~ N(0, I)",
-        "take a gradient descent step on", "∇_θ ‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖²",
-        "until converged", "x_T ~ N(0, I)", "for t = T, …, 1 do",
-        "z ~ N(0, I) if t > 1, else z = 0",
-        "x_{t−1} = 1/√α_t (x_t − (1−α_t)/√(1−ᾱ_t) ε_θ(x_t, t)) + σ_t z",
-        "end for, return x_0")]
+    """Algorithm 1, Algorithm 2: what the README shows is the function, without its docstring."""
+    lines, node = inspect.getsource(algorithm).splitlines(), ast.parse(inspect.getsource(algorithm))
+    docstring = node.body[0].body[0]
+    del lines[docstring.lineno - 1:docstring.end_lineno]
+    assert "\n".join(lines) in fenced(README, "python")
 
 
 def test_every_equation_is_in_the_reading_guide():
-    """Ho (1) to (16), N1 to N8 and V1 to V14 stand in its table; in the next, the articles' words
-    before each formula; algorithms, figures and appendices in that of the sections.
+    """Ho (1) to (16), N1 to N8 and V1 to V14 stand in its table; the articles' words before each
+    formula in theirs; algorithms, figures and appendices in that of the sections.
     """
     equations = tags(" ".join(row[0] for row in rows_of(READING, "Every equation")))
     assert equations == ({f"Ho {k}" for k in range(1, 17)} | {f"N{k}" for k in range(1, 9)}
                          | {f"V{k}" for k in range(1, 15)})
-    articles = [row[0] for row in rows_of(READING, "The articles, formula by formula")]
+    articles = [row[0] for row in rows_of(PAGES["ARTICLES"], "Formula by formula")]
     assert articles == [f"N{k}" for k in range(1, 9)] + [f"V{k}" for k in range(1, 15)]
     sections = " ".join(row[0] for row in rows_of(READING, "The paper, section by section"))
     sections = re.sub(r"(\d+)\)? (?:and|to) \(?(\d+)", lambda m: ", ".join(
@@ -219,7 +341,8 @@ def test_every_equation_is_in_the_reading_guide():
 def test_the_formulas_of_the_reading_guide_are_those_of_the_docstrings():
     """READING: each formula is its function's, symbol by symbol, and so are its tags."""
     of_page, of_docstring = collections.defaultdict(set), {}
-    for equation, _, code, proof in rows_of(READING, "Every equation"):
+    for equation, cell in rows_of(READING, "Every equation"):
+        equation, (code, proof) = equation.split("<br>")[0], cell.split("<br>")
         assert re.fullmatch(r"\[.*\]\((support/)?test_\w+\.py#L\d+\)", proof), proof
         name, file = re.search(r"\[`(\w+)`\]\((\w+)\.py", code).groups()
         docstring = inspect.getdoc(getattr(importlib.import_module(file), name))
@@ -341,9 +464,9 @@ def test_five_names_of_one_prediction(schedule, t, number):
     """READING: ε, x̂_0, the score, v and the velocity of flow matching: each is what its row says,
     leads back to x_0, and has its squared error; and the straight path is x_t, scaled.
     """
-    alpha_bar, both = schedule.alpha_bar[t], []
+    a, s, both = schedule.alpha_bar[t] ** 0.5, schedule.one_minus_alpha_bar[t] ** 0.5, []
     for x0, x_t in ((number(), number()),) * 2:
-        names = dict(alpha_bar=alpha_bar, sqrt=np.sqrt, x0=x0 if not both else number(), x_t=x_t)
+        names = dict(a=a, s=s, x0=x0 if not both else number(), x_t=x_t)
         names["eps"] = ddpm.eps_from_x0(x_t, t, names["x0"], schedule)
         both.append(names)
     ours, other = both
@@ -353,11 +476,10 @@ def test_five_names_of_one_prediction(schedule, t, number):
         definition, back, weight = (cell.strip("`") for cell in (definition, back, weight))
         found, theirs = (eval(definition, names) for names in both)
         assert eval(back, ours | {name: found}) == ours["x0"], name
-        assert (found - theirs) ** 2 == eval(weight, dict(
-            snr=snr, alpha_bar=alpha_bar, sqrt=np.sqrt)) * (ours["x0"] - other["x0"]) ** 2, name
-    scale = np.sqrt(alpha_bar) + np.sqrt(1 - alpha_bar)
-    r = np.sqrt(1 - alpha_bar) / scale
-    assert (1 - r) * ours["x0"] + r * ours["eps"] == ours["x_t"] / scale
+        assert (found - theirs) ** 2 == eval(weight, dict(snr=snr, s=s)) * (
+            ours["x0"] - other["x0"]) ** 2, name
+    r = s / (a + s)
+    assert (1 - r) * ours["x0"] + r * ours["eps"] == ours["x_t"] / (a + s)
 
 
 # ── Write it yourself ─────────────────────────────────────────────────────────────────────────────
