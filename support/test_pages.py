@@ -246,7 +246,7 @@ def figures():
         r"only after ([\d,]+) steps": f"{round((10 * 0.9999 - 1) / (1 - 0.9999), -3):,.0f}",
         r"so that ([\d,]+) are trained on": f"{len(split(50_000)[0]):,}",
         r"on ([\d,]+) of the 10,000 digits": f"{len(split(10_000)[0]):,}",
-        r"(?:million|train.py`) \| ([\d,]+) \|": f"{parameters(UNet(replace(ours, num_classes=10))):,}",
+        r"(?:million|train.py`) \| ([\d,]{7}) \|": f"{parameters(UNet(replace(ours, num_classes=10))):,}",
         r"\| ([\d.]+) million": f"{parameters(UNet()) / 1e6:.1f}",
         r"([\d,]+) parameters for CIFAR10": f"{parameters(UNet()):,}",
         r"one \$t\$ from each of (\d+) equal": f"{ours.batch}",
