@@ -14,12 +14,11 @@ from torch import Tensor
 import ddpm
 import posterior
 from ddpm import Schedule
-from sample import SHIPPED, TRAINED, draw_images
-from support.config import Config, Sampling, options
+from sample import default_weights, draw_images
+from support.config import Config, Sampling, options, schedule_from
 from support.console import Progress, run_script
 from support.data import DIGITS, fingerprint, held_out_images, load, split, to_batch, to_pixels
 from support.devices import autocast, choose_device
-from support.forward import on_device, q_sample, schedule_from
 from support.pictures import image_grid, write_png
 from support.weights import load_network
 
@@ -34,15 +33,16 @@ def bound(predict: Callable, schedule: Schedule, x0: Tensor, seed: int = 0, each
     random images for each t, L_0 from all, L_T exactly.
     Returns {variance: {term: (mean, standard error)}}, for σ_t² = β_t and β̃_t.
     """
-    tables, to = on_device(schedule, x0.device), dict(device=x0.device)
-    rng, errors = torch.Generator(**to).manual_seed(seed), np.zeros((schedule.T + 1, each))
+    rng = torch.Generator(x0.device).manual_seed(seed)
+    errors = np.zeros((schedule.T + 1, each))
     progress = Progress(schedule.T, images=each)
     for t in range(schedule.T, 0, -1):
-        i = (torch.randint(len(x0), (each,), generator=rng, **to) if t > 1
-             else torch.arange(len(x0), **to))
-        eps = torch.randn(x0[i].shape, generator=rng, **to)
-        x_t = q_sample(x0[i], t, eps, tables)
-        eps_hat = predict(x_t, torch.full((len(x_t),), t, **to), i)
+        i = torch.arange(len(x0), device=x0.device)
+        if t > 1:
+            i = torch.randint(len(x0), (each,), generator=rng, device=x0.device)
+        eps = torch.randn(x0[i].shape, generator=rng, device=x0.device)
+        x_t = ddpm.q_sample(x0[i], t, eps, schedule)
+        eps_hat = predict(x_t, torch.full((len(x_t),), t, device=x0.device), i)
         if t > 1:
             errors[t] = (eps - eps_hat).square().mean((1, 2, 3)).cpu().numpy()
         progress(schedule.T - t + 1, f"the bound: t = {t}")
@@ -150,9 +150,9 @@ def draw_perfectly(net, config: Config, images: np.ndarray, labels: np.ndarray |
 
 
 def main():
-    parser = options(__doc__.split("\n\n")[1], Sampling, "weights", "data", "device")
+    parser = options(__doc__.split("\n\n")[1], Sampling, names=("weights", "data", "device"))
     chosen = Sampling(**vars(parser.parse_args()))
-    path = chosen.weights or (TRAINED if TRAINED.exists() else SHIPPED)
+    path = chosen.weights or default_weights()
     net, config = load_network(path, choose_device(chosen.device))
     most = max(2, 2 ** 21 // np.prod(config.image_shape))     # so many fit into 16 MB of float64
     images, labels = load(chosen.data or config.data, with_labels=config.num_classes > 0)
