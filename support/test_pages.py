@@ -27,7 +27,7 @@ from support.config import PRESETS, Sampling
 from support.data import load, split, to_pixels
 from support.test_data import decoded, idx
 from test_math import Exact, exactly, near
-from unet import UNet, parameters
+from unet import PAPER, UNet, parameters, time_embedding
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.md"))}
@@ -247,8 +247,8 @@ def figures():
         r"so that ([\d,]+) are trained on": f"{len(split(50_000)[0]):,}",
         r"on ([\d,]+) of the 10,000 digits": f"{len(split(10_000)[0]):,}",
         r"(?:million|train.py`) \| ([\d,]{7}) \|": f"{parameters(UNet(replace(ours, num_classes=10))):,}",
-        r"\| ([\d.]+) million": f"{parameters(UNet()) / 1e6:.1f}",
-        r"([\d,]+) parameters for CIFAR10": f"{parameters(UNet()):,}",
+        r"\| ([\d.]+) million": f"{parameters(UNet(PAPER)) / 1e6:.1f}",
+        r"([\d,]+) parameters for CIFAR10": f"{parameters(UNet(PAPER)):,}",
         r"one \$t\$ from each of (\d+) equal": f"{ours.batch}",
         r"Algorithm 2 with its ([\d,]+) steps, (\d+) digits": (f"{drawn.steps:,}", f"{drawn.n}")}
 
@@ -361,11 +361,13 @@ def value_of(formula, symbols):
     for symbol in sorted(symbols, key=len, reverse=True):
         formula = formula.replace(symbol, chr(0xE000 + len(values)))
         values.append(symbols[symbol])
-    code = re.sub("‖(.*?)‖", r"(\1)", formula).translate(str.maketrans("−[]", "-()"))
+    code = re.sub("‖(.*?)‖", r"(\1)", formula).translate(str.maketrans(
+        {"−": "-", "[": "(", "]": ")", "·": "*", "^": "**", "⌊": "floor(", "⌋": ")"}))
     code = re.sub(r"(?<=[\d)²\ue000-\uf8ff])\s*(?=[(√\ue000-\uf8ff])", "*", code)
     code = re.sub(r"√([\ue000-\uf8ff])", r"√(\1)", code).replace("√", "sqrt").replace("²", "**2")
     return eval(re.sub(r"[\ue000-\uf8ff]", lambda m: f"values[{ord(m[0]) - 0xE000}]", code),
-                dict(values=values, sqrt=np.sqrt))
+                dict(values=values, sqrt=np.sqrt, ln=np.log, min=np.minimum, max=np.maximum,
+                     floor=np.floor))
 
 
 def symbols_at(schedule, t, **named):
@@ -410,6 +412,68 @@ def test_a_docstring_s_formula_is_what_is_computed(schedule, t, number):
         said = tuple(value_of(part, symbols) for part in normal.groups()) if normal else (
             value_of(formula, symbols))
         assert said == found, function.__name__
+
+
+def test_the_formulas_beside_the_paper_are_what_is_computed():
+    """Docstrings: DDIM, DPM, guidance, completion, KL, the best network, the cosine, the times, the
+    embedding of t, the rates, the average, stratified t; C_t and V11's weight in SNRs.
+    """
+    schedule, t, one = ddpm.schedule_of([0.1, 0.3, 0.2, 0.5]), 3, torch.ones(1)
+    x_t, x0, x0_prev, z, eta = 0.3, -0.4, 0.7, 1.1, 0.6
+    snr = {f"SNR_{key}": ddpm.snr(k, schedule) for key, k in (("t", 3), ("{t−1}", 2), ("{t+1}", 4))}
+    names = symbols_at(schedule, t, **snr, **{f"λ{key[3:]}": np.log(value) / 2
+                                              for key, value in snr.items()}, **{
+        "ε_θ": ddpm.eps_from_x0(x_t, t, x0, schedule), "x̂_0": x0, "x̂_prev": x0_prev, "z": z,
+        "η": eta, "½": 0.5, "v_1": 0.2, "v_2": 0.5, "m_1": 0.3, "m_2": -0.1})
+
+    def said(function, pattern, **symbols):
+        return value_of(re.search(pattern, inspect.getdoc(function))[1], names | symbols)
+    names["σ²"] = said(sample.ddim_step, r"σ² = (.*?):")
+    names["σ"] = names["σ²"] ** 0.5
+    D = said(sample.dpm_step, r"D = (.*?\)\)) ")
+    near(said(sample.ddim_step, r"= (.*?)   "),
+         sample.ddim_step(x_t, t, x0, z, schedule, eta), scale=10)
+    near(sample.ddim_step(x_t, t, D, z, schedule, eta),
+         sample.dpm_step(x_t, t, x0, x0_prev, z, schedule, eta), scale=10)
+    null, label = torch.tensor([0.5]), torch.tensor([2.0])
+    assert said(sample.guided, r"ε = (.*?)   ", ε_null=null, ε_label=label, s=1.5) == sample.guided(
+        lambda x, t, label: torch.stack([null, 4 * null]).reshape(-1), one, one, one.long(), 1.5, 0)
+    w = value_of(re.search(r"\$w = (s - 1)\$", ALL)[1], dict(s=1.5))       # Ho and Salimans' (6)
+    assert (1 + w) * label - w * null == null + 1.5 * (label - null)
+    *_, x_0 = sample.completed(lambda x_t, t: iter([x_t, 7 * x_t]), 3 * one, lambda x: 0.25 * x,
+                               ddpm.schedule_of([0.5]), lambda: one)
+    assert x_0 == said(sample.completed, r"(.*?),  known", **{"x_{t−1}": 7, "P": 0.25,
+                                                              "known_{t−1}": 3})
+    near(said(posterior.kl, r"= (½.*?\])"), posterior.kl(0.3, 0.2, -0.1, 0.5), scale=10)
+    images = np.array([[-1.0], [0.2], [1.0]])
+    w = np.exp(said(posterior.best_x0, r"softmax_i\((.*)\) ", x_t=x_t, x_i=images))
+    near((w * images).sum() / w.sum(),
+         posterior.best_x0(np.array([[x_t]]), t, images, schedule)[0, 0], scale=10)
+    f = [np.cos(said(ddpm.cosine, r"cos²\((.*)\) ", t=k, T=9, π=np.pi)) ** 2 for k in (8, 9)]
+    assert said(ddpm.cosine, r"β_t = (.*\)),", **{"f(t−1)": f[0], "f(t)": f[1]}) == 0.999
+    assert f[0] / np.cos(0.008 / 1.008 * np.pi / 2) ** 2 == pytest.approx(
+        ddpm.cosine(9).alpha_bar[8])
+    assert np.array_equal(np.rint(said(sample.times, r"τ_i = (.*?²\))", i=np.arange(21), T=1000,
+                                       N=20)), sample.times(1000, 20))
+    omega = said(time_embedding, r"ω_k = (.*\)) ", k=np.arange(4), width=8)
+    near(time_embedding(torch.tensor([2]), 8)[0], np.r_[np.sin(2 * omega), np.cos(2 * omega)],
+         scale=1e9)
+    ours = replace(PRESETS["digits"], steps=40, warmup=8)
+    for step in (3, 30):
+        assert said(train.lr_scale, r"^(.*?), the", step=step, steps=40, warmup=8) == (
+            pytest.approx(train.lr_scale(step, ours)))
+    nets = ema, net = [torch.nn.Linear(1, 1) for _ in range(2)]
+    before = [each.weight.item() for each in nets]
+    train.update_ema(ema, net, 20, 0.9)
+    assert ema.weight.item() == pytest.approx(np.dot(before, [d := said(
+        train.update_ema, r"d = (.*\))", step=20, decay=0.9), 1 - d]))
+    draws = torch.arange(1, 9)
+    assert np.array_equal(said(train.stratified, "← (.*?⌋)", k=np.arange(8), T=9, n=8,
+                               t_k=draws.numpy()), train.stratified(draws, 9))
+    variance = posterior.beta_tilde(t, schedule)
+    near(said(posterior.C, r"it is (.*)\."), posterior.C(t, variance, schedule), scale=10)
+    near(said(posterior.matching_x0, r"weight is (.*)\."),
+         posterior.matching_x0(1.0, 0.0, t, variance, schedule), scale=10)
 
 
 @exactly(first=2)
