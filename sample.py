@@ -38,7 +38,7 @@ def algorithm_2(eps_theta: Callable, schedule: ddpm.Schedule, sigma2: np.ndarray
     x_t = noise() if x_t is None else x_t                         # 1: x_T ~ N(0, I)
     yield x_t
     for t in range(start or schedule.T, 0, -1):                   # 2: for t = T, …, 1 do
-        z = noise() if t > 1 else torch.zeros_like(x_t)           # 3:   z ~ N(0, I) if t > 1, else 0
+        z = noise() if t > 1 else 0                               # 3:   z ~ N(0, I) if t > 1, else 0
         eps = eps_theta(x_t, t)                                   # 4:   x_{t−1} = 1/√α_t (x_t − β_t/
         x_t = reverse_step(x_t, eps, t, z, sigma2[t], schedule)   #        √(1−ᾱ_t) ε_θ(x_t, t)) + σ_t z
         yield x_t                                                 # 5: end for
@@ -148,26 +148,19 @@ def dpm_step(x_t, t, x0, x0_prev, z, schedule, eta=0.0):
 
 
 def ddim(x0_theta: Callable, schedule: ddpm.Schedule, eta: float, noise: Callable,
-         x_t: torch.Tensor | None = None, start: int | None = None) -> Iterator:
-    """x_T, …, x_0 by ddim_step, as algorithm_2 goes by reverse_step.  x0_theta(x_t, t) → x̂_0."""
-    x_t = noise() if x_t is None else x_t
-    yield x_t
-    for t in range(start or schedule.T, 0, -1):
-        z = noise() if t > 1 else torch.zeros_like(x_t)
-        x_t = ddim_step(x_t, t, x0_theta(x_t, t), z, schedule, eta)
-        yield x_t
+         x_t: torch.Tensor | None = None, start: int | None = None,
+         multistep: bool = False) -> Iterator:
+    """x_T, …, x_0 as algorithm_2 has them, by ddim_step; with multistep, by dpm_step.
 
-
-def dpm(x0_theta: Callable, schedule: ddpm.Schedule, eta: float, noise: Callable,
-        x_t: torch.Tensor | None = None, start: int | None = None) -> Iterator:
-    """x_T, …, x_0 by dpm_step, which needs the x̂_0 of the step before."""
+    x0_theta(x_t, t) → x̂_0.  dpm_step without a predecessor of x̂_0 is ddim_step.
+    """
     x_t, x0_prev = noise() if x_t is None else x_t, None
     yield x_t
     for t in range(start or schedule.T, 0, -1):
-        z = noise() if t > 1 else torch.zeros_like(x_t)
+        z = noise() if t > 1 else 0
         x0 = x0_theta(x_t, t)
         x_t = dpm_step(x_t, t, x0, x0_prev, z, schedule, eta)
-        x0_prev = x0
+        x0_prev = x0 if multistep else None
         yield x_t
 
 
@@ -230,20 +223,19 @@ def prediction(net, config, sampling, count: int, label=None) -> tuple:
     """ε_θ(x_t, t) of the network, guided, for `count` images with their labels (count,) or None;
     and the schedule of the steps that are taken, which numbers its t.
     """
-    from support.config import schedule_from
-    from support.devices import autocast, graphed
+    from support import config as settings, devices
 
-    device, full = next(net.parameters()).device, schedule_from(config)
+    device, full = next(net.parameters()).device, settings.schedule_from(config)
     T = sampling.start or full.T
     tau = times(T, min(T, sampling.steps))                  # the t-th step stands at time τ_t
     label = None if label is None else torch.as_tensor(label, device=device)
 
     def predict(x_t, t):
-        with autocast(device, config.float32):
+        with devices.autocast(device, config.float32):
             if label is None:
                 return net(x_t, t)
             return guided(net, x_t, t, label, sampling.guidance, config.num_classes)
-    launch = graphed(predict, device, count, config)
+    launch = devices.graphed(predict, device, count, config)
 
     def eps_theta(x_t, t):
         return launch(x_t, torch.full((count,), int(tau[t]), device=device))
@@ -256,17 +248,18 @@ def trajectory(eps_theta: Callable, schedule: ddpm.Schedule, sampling, noise: Ca
 
     known: images of which `sampling.keep` is kept, or which are noised to T and taken back.
     """
+    from support import drawing
+
     if sampling.sampler == "ddpm":
         sigma2 = reverse_variance(sampling.sigma2, schedule)
         eps_theta = clipped(eps_theta, schedule) if sampling.clip else eps_theta
         walk = partial(algorithm_2, eps_theta, schedule, sigma2, noise)
     else:
         x0_theta = x0_predictor(eps_theta, schedule, sampling.clip)
-        faster = ddim if sampling.sampler == "ddim" else dpm
-        walk = partial(faster, x0_theta, schedule, sampling.eta, noise)
+        walk = partial(ddim, x0_theta, schedule, sampling.eta, noise,
+                       multistep=sampling.sampler == "dpm")
     if sampling.keep:
-        from support.drawing import projection
-        project = projection(sampling.keep, *known.shape[2:])
+        project = drawing.projection(sampling.keep, *known.shape[2:])
         return completed(walk, known, project, schedule, noise, sampling.resample)
     if sampling.start:
         return walk(ddpm.q_sample(known, schedule.T, noise(), schedule))
@@ -316,36 +309,28 @@ def arguments():
 
 def known_images(sampling, config, device) -> tuple:
     """Two rows to show, held-out images and what is left of them; and the images, WAYS times."""
-    from support.config import schedule_from
-    from support.data import held_out_images, to_batch
-    from support.drawing import projection
-    from support.pictures import to_pictures
+    from support import config as settings, data, drawing, pictures
 
     if sampling.start > config.T:
         raise ValueError(f"--start must be 1 .. {config.T} with this network")
-    originals, _ = held_out_images(sampling.data, config, sampling.n, sampling.n)
-    known = to_batch(torch.from_numpy(originals).to(device))
+    originals, _ = data.held_out_images(sampling.data, config, sampling.n, sampling.n)
+    known = data.to_batch(torch.from_numpy(originals).to(device))
     if sampling.keep:
-        left = projection(sampling.keep, *known.shape[2:])(known)
+        left = drawing.projection(sampling.keep, *known.shape[2:])(known)
     else:
         noise = image_noise(sampling.seed, range(sampling.n), config.image_shape, device)
-        left = ddpm.q_sample(known, sampling.start, noise(), schedule_from(config))
-    return [originals, to_pictures(left)], known.repeat(WAYS, 1, 1, 1)
+        left = ddpm.q_sample(known, sampling.start, noise(), settings.schedule_from(config))
+    return [originals, pictures.to_pictures(left)], known.repeat(WAYS, 1, 1, 1)
 
 
 def main():
-    from support.config import Sampling
-    from support.console import Progress
-    from support.devices import choose_device
-    from support.drawing import labels_for
-    from support.pictures import atomic_write, encode_png, image_grid
-    from support.weights import load_network
+    from support import config as settings, console, devices, drawing, pictures, weights
 
-    sampling = Sampling(**vars(arguments().parse_args()))
-    device, out = choose_device(sampling.device), Path(sampling.out)
+    sampling = settings.Sampling(**vars(arguments().parse_args()))
+    device, out = devices.choose_device(sampling.device), Path(sampling.out)
     path = sampling.weights or default_weights()
-    net, config = load_network(path, device)
-    labels = labels_for(sampling, config.num_classes)
+    net, config = weights.load_network(path, device)
+    labels = drawing.labels_for(sampling, config.num_classes)
     columns = math.ceil(sampling.n ** 0.5)
     if labels is not None and sampling.label == "each":
         columns = config.num_classes
@@ -358,14 +343,14 @@ def main():
     steps = min(sampling.start or config.T, sampling.steps)
     print(f"{path} on {device}: {sampling.sampler}, {steps} steps"
           f"{' (there are no more)' if sampling.steps > steps else ''}")
-    with atomic_write(out) as file:
-        frames = draw_images(net, config, sampling, labels, known, Progress(sampling.n))
+    with pictures.atomic_write(out) as file:
+        frames = draw_images(net, config, sampling, labels, known, console.Progress(sampling.n))
         if out.suffix == ".npz":
             used = labels is not None and sampling.guidance > 0 and max(labels) < config.num_classes
             np.savez_compressed(file, images=frames[-1], **dict(labels=labels) if used else {})
         else:
-            file.write(encode_png([image_grid(np.concatenate([*above, frame]), columns)
-                                   for frame in frames]))
+            file.write(pictures.encode_png(
+                [pictures.image_grid(np.concatenate([*above, frame]), columns) for frame in frames]))
     print(f"drawn: {out}, with --seed {sampling.seed}")
 
 
