@@ -4,6 +4,7 @@ With betas of 1e-6 an x_t tells its x_0 exactly, and what is left of it is ε.
 """
 import functools
 import platform
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -686,3 +687,23 @@ def test_what_is_freed_stays_for_the_next_step(monkeypatch):
     for other in (TypeError, OSError, AttributeError):
         monkeypatch.setattr(devices.ctypes, "CDLL", Mock(side_effect=other))
         devices.keep_memory()
+
+
+def test_each_file_that_is_said_to_stand_alone_does(tmp_path):
+    """sample.py needs ddpm.py and posterior.py alone, these NumPy alone, and unet.py PyTorch alone:
+    in a folder with nothing else they import, draw and print.
+    """
+    for names, code in (
+            (["ddpm", "posterior", "sample"], "import sample; sample.torch.manual_seed(0); "
+             "print(len(list(sample.algorithm_2(lambda x, t: x / 2, sample.ddpm.linear(9), "
+             "sample.ddpm.linear(9).beta, lambda: sample.torch.randn(1)))))"),
+            (["ddpm", "posterior"], "import posterior, sys; print('torch' in sys.modules)"),
+            (["unet"], "import runpy; runpy.run_path('unet.py', run_name='__main__')")):
+        folder = tmp_path / names[-1]
+        folder.mkdir()
+        for name in names:
+            shutil.copy(ROOT / f"{name}.py", folder)
+        found = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True,
+                               text=True)
+        assert not found.stderr and {"sample": "10\n", "posterior": "False\n"}.get(
+            names[-1], "has 35,746,307 parameters\n\n") in found.stdout

@@ -423,9 +423,11 @@ def test_the_estimated_bound_is_the_closed_form_on_gaussian_data():
     x0 = np.rint((np.random.default_rng(0).standard_normal((400, 1, 8, 8)) * math.sqrt(s2) + 1)
                  * 127.5) / 127.5 - 1
     s2 = x0.var()
-    found = evaluate.bound(lambda x_t, t, i: best_eps(x_t, t[0].item(), 0.0, s2, schedule),
-                           schedule, torch.tensor(x0, dtype=torch.float32), each=200)
-    for variance, terms in found.items():
+    errors, mean_0 = evaluate.squared_errors(
+        lambda x_t, t, i: best_eps(x_t, t[0].item(), 0.0, s2, schedule), schedule,
+        torch.tensor(x0, dtype=torch.float32), each=200)
+    rate, distortion = evaluate.rate_distortion(errors, x0, schedule)
+    for variance, terms in evaluate.bound(errors, mean_0, x0, schedule).items():
         sigma2 = posterior.reverse_variance(variance, schedule)
         matching = 0.0
         for t in range(2, T + 1):      # KL of the means' difference: its mean square in closed form
@@ -433,10 +435,16 @@ def test_the_estimated_bound_is_the_closed_form_on_gaussian_data():
             error = schedule.alpha_bar[t] * s2 / v_t
             slope = abs(reverse_mean(0.0, 1.0, t, schedule))
             matching += kl(0.0, beta_tilde(t, schedule), slope * math.sqrt(error), sigma2[t])
+            # Var(x_0 | x_t) in 0..255, to five standard errors of 200 images of 64 pixels
+            rms = 127.5 * math.sqrt(s2 * schedule.one_minus_alpha_bar[t] / v_t)
+            assert distortion[t] == pytest.approx(rms, rel=5 / math.sqrt(2 * 200 * 64))
         mean, error = terms["L_{t-1}"]
         assert 0 < error < 0.05 * mean and abs(mean - matching / math.log(2)) < 5 * error
         expected = posterior.bits_per_dim(posterior.L_T(x0, schedule))
         assert terms["L_T"][0] == pytest.approx(expected, rel=1e-5)
+        if variance == "beta":                        # before x_T nothing is known but the prior
+            assert rate[T] == pytest.approx(expected) and rate[1] == pytest.approx(mean + expected)
+            assert np.all(np.diff(rate[1:]) < 0)
         mean, error = terms["L_0"]
         # x_0 given x_1 has variance β_1 s²/v_1 around the reverse mean:
         # the code length of a bin of 2/255
@@ -463,7 +471,8 @@ def test_the_estimated_bound_is_exact_for_a_network_off_by_a_constant():
     schedule = evenly(6, 0.05, 0.6)
     x0 = (torch.arange(3 * 2 * 2) * 20).float().reshape(3, 1, 2, 2) / 127.5 - 1
     predict, calls = known_errors(torch.full((3,), 0.3), schedule, x0)
-    found = evaluate.bound(predict, schedule, x0, each=2)
+    clean = x0.double().numpy()
+    found = evaluate.bound(*evaluate.squared_errors(predict, schedule, x0, each=2), clean, schedule)
     assert [t for t, _ in calls] == [6, 5, 4, 3, 2, 1]
     assert [i for t, i in calls if t == 1] == [[0, 1, 2]] and len(calls[0][1]) == 2
     for variance, terms in found.items():
@@ -472,7 +481,6 @@ def test_the_estimated_bound_is_exact_for_a_network_off_by_a_constant():
             off = 0.3 * reverse_mean(0.0, 1.0, t, schedule)
             matching += kl(0.0, beta_tilde(t, schedule), off, sigma2[t]) / math.log(2)
         assert terms["L_{t-1}"] == pytest.approx((matching, 0), rel=1e-5, abs=1e-5)
-        clean = x0.double().numpy()
         mean = clean + 0.3 * reverse_mean(0.0, 1.0, 1, schedule)
         each = [posterior.bits_per_dim(image) for image in posterior.L_0(clean, mean, sigma2[1])]
         assert terms["L_0"] == pytest.approx(
@@ -488,7 +496,8 @@ def test_the_stated_error_is_the_spread_of_the_estimates():
     schedule = evenly(3, 0.1, 0.2)
     x0 = torch.zeros(8, 1, 1, 1)
     predict, _ = known_errors(torch.linspace(0.1, 3, 8), schedule, x0)
-    found = [evaluate.bound(predict, schedule, x0, seed, each=16) for seed in range(300)]
+    found = [evaluate.bound(*evaluate.squared_errors(predict, schedule, x0, seed, each=16),
+                            x0.numpy(), schedule) for seed in range(300)]
     for variance in ("beta", "beta_tilde"):
         means, errors = zip(*(terms[variance]["L_{t-1}"] for terms in found))
         assert statistics.stdev(means) == pytest.approx(np.mean(errors), rel=5 / math.sqrt(600))
@@ -541,7 +550,8 @@ def test_the_perfect_network_has_the_least_bound():
     x0, schedule = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1, evenly(50, 0.001, 0.3)
 
     def total(predict):
-        terms = evaluate.bound(predict, schedule, x0, each=200)
+        terms = evaluate.bound(*evaluate.squared_errors(predict, schedule, x0, each=200),
+                               x0.double().numpy(), schedule)
         return {name: sum(mean for mean, _ in parts.values()) for name, parts in terms.items()}
     least = total(lambda x_t, t, i: perfect(x_t, t, schedule))
     for other in (lambda x_t, t, i: perfect(x_t, t, schedule) + 0.03,
