@@ -42,11 +42,12 @@ def algorithm_1(run: Run, eps_theta: Callable, next_batch: Callable,
         t = torch.randint(1, T + 1, x0.shape[:1],                 # 3:   t ~ Uniform({1, …, T})
                           generator=rng, device=rng.device)
         t = stratified(t, T) if config.stratified else t
-        eps = torch.randn(x0.shape, generator=rng, device=rng.device)              # 4:   ε ~ N(0, I)
-        x_t = q_sample(x0, t.reshape(-1, 1, 1, 1), eps, schedule)
-        loss = l_simple(eps, eps_theta(x_t, t, label))            # 5:   take a gradient descent step
-        net.zero_grad()                                           #      on ∇_θ ‖ε − ε_θ(√ᾱ_t x_0 +
-        loss.backward()                                           #             √(1−ᾱ_t) ε, t)‖²
+        eps = torch.randn(x0.shape,                               # 4:   ε ~ N(0, I)
+                          generator=rng, device=rng.device)
+        x_t = q_sample(x0, t.reshape(-1, 1, 1, 1), eps, schedule)   #    x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε
+        loss = l_simple(eps, eps_theta(x_t, t, label))            # 5:   take a gradient descent step on
+        net.zero_grad()                                           #      ∇_θ ‖ε − ε_θ(x_t, t)‖²
+        loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
         for optimizer in run.optimizers:
             optimizer.step()
