@@ -303,13 +303,30 @@ def tags(text):
     return {f"Ho {k}" for k in numbers if k} | set(re.findall(r"\b[NV]\d+\b", text))
 
 
-@pytest.mark.parametrize("algorithm", [train.algorithm_1, sample.algorithm_2])
-def test_the_algorithms_in_the_readme_are_the_source(algorithm):
-    """Algorithm 1, Algorithm 2: what the README shows is the function, without its docstring."""
+LINES = {train.algorithm_1: ("repeat", "x_0 ~ q(x_0)", "t ~ Uniform({1, …, T})", "ε ~ N(0, I)",
+                             "take a gradient descent step on", "∇_θ ‖ε − ε_θ(", "‖²",
+                             "until converged"),
+         sample.algorithm_2: ("x_T ~ N(0, I)", "for t = T, …, 1 do", "z ~ N(0, I) if t > 1, else 0",
+                              "x_{t−1} =", "+ σ_t z", "end for", "return x_0")}
+
+
+@pytest.mark.parametrize("algorithm", LINES)
+def test_the_algorithms_in_the_readme_are_the_source_and_the_paper_s(algorithm):
+    """Algorithm 1, Algorithm 2: what the README shows is the function, without its docstring; its
+    comments are the paper's lines, and line 4 is reverse_step.
+    """
     lines, node = inspect.getsource(algorithm).splitlines(), ast.parse(inspect.getsource(algorithm))
     docstring = node.body[0].body[0]
     del lines[docstring.lineno - 1:docstring.end_lineno]
     assert "\n".join(lines) in fenced(README, "python")
+    comments = " ".join(re.sub(r"^\d: ", "", part) for part in re.findall("# +(.*)", "\n".join(lines)))
+    assert re.search(".*".join(re.escape(plain(line)) for line in LINES[algorithm]), plain(comments))
+    if algorithm is sample.algorithm_2:
+        schedule = ddpm.schedule_of([0.1, 0.3])
+        said = re.search(r"x_\{t−1\} = (.*σ_t z)", comments)[1].replace("/ ", "/")
+        assert value_of(said, symbols_at(schedule, 2, **{
+            "ε_θ(x_t, t)": 0.7, "x_t": -0.2, "σ_t": 0.4, "z": 1.1})) == pytest.approx(
+                posterior.reverse_step(-0.2, 0.7, 2, 1.1, 0.16, schedule))
 
 
 def test_every_equation_is_in_the_reading_guide():
