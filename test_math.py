@@ -9,11 +9,12 @@ polynomials, and == says that both sides are the same one.  So the claim holds f
 every schedule, at t = 1 and at t = 2; and as no formula reads its tables but at t − 1 and t, which
 a test in the last section shows, at every t of every T.  What is a sum or a product over the steps
 is shown by induction: the claim is its step.  Where a claim says <, it is shown by coefficients
-that have one sign, and where it has a logarithm, ln of a quotient is one more letter.
+that have one sign, and where it has logarithms, they are letters too (support/testing.py).
 
-What is left is numeric: integrals, the exponential, searches over a table, float64's rounding.
-There a tolerance has its reason beside it, and a published figure is compared as it is printed.
-The last half holds PyTorch against NumPy, on every device that is here.
+What is left is numeric: integrals, the exponential, figures of one schedule.  A tolerance has its
+reason beside it, and a published figure is compared as it is printed.  float64's own rounding of
+each formula is in support/test_rounding.py.  The last half holds PyTorch against NumPy, on every
+device that is here.
 
 `pytest` takes the same examples each time; `pytest --hypothesis-profile=deep` hunts with thousands.
 """
@@ -59,7 +60,7 @@ def test_x_t_by_hand():
 
 
 def test_two_steps_by_hand():
-    """Ho (2, 4): from x_0 = 2, step by step and at once.  The mean is 3/4 · (4/5 · 2) = 6/5, and the
+    """Ho (2, 4): from x_0 = 2, step by step and at once.  The mean is 3/4 · (4/5 · 2) = 6/5, the
     variance 9/16 · 9/25 + 7/16 = 81/400 + 175/400 = 16/25.
     """
     mean, variance = q_step(2, 1, BY_HAND)
@@ -70,8 +71,8 @@ def test_two_steps_by_hand():
 
 
 def test_a_step_back_by_hand():
-    """Ho (7, 11): A1 = 3/4 · (9/25)/(16/25) = 27/64 and A2 = 4/5 · (7/16)/(16/25) = 35/64, so x_2 = 2
-    and x_0 = 2 give (54 + 70)/64 = 31/16; and ε = 1, which says the same x_0, does too:
+    """Ho (7, 11): A1 = 3/4 · (9/25)/(16/25) = 27/64 and A2 = 4/5 · (7/16)/(16/25) = 35/64, so
+    x_2 = 2 and x_0 = 2 give (54 + 70)/64 = 31/16.  So does ε = 1, which says the same x_0:
     (2 − (7/16)/(4/5) · 1)/(3/4) = (128 − 35)/64 · 4/3 = 31/16.  β̃_2 = 9/16 · 7/16 = 63/256.
     """
     assert posterior.posterior(2, 2, 2, BY_HAND) == pytest.approx((31 / 16, 63 / 256))
@@ -172,11 +173,9 @@ def test_log_normal_is_a_density_with_its_mean_and_variance(mean, variance):
 @proved
 def test_a_draw_is_the_mean_plus_scaled_noise(x, eps, sigma):
     """Reparameterisation: a draw is σ ε from the mean, and its density the noise's, over σ."""
-    found = draw(x, sigma ** 2, eps)
-    moved = found - x
-    assert moved == sigma * eps
-    density = log_normal(eps, 0, 1) - np.log(sigma)
-    assert log_normal(found, x, sigma ** 2) == density
+    moved, density = x + sigma * eps, log_normal(eps, 0, 1) - np.log(sigma)
+    assert draw(x, sigma ** 2, eps) == moved
+    assert log_normal(moved, x, sigma ** 2) == density
 
 
 @proved
@@ -195,17 +194,18 @@ def test_the_naive_diffuser_keeps_the_mean_and_piles_up_variance(x_prev, eps, v,
     """V1: x_t = x_{t−1} + √β ε: mean x_0, variance Σ β without end, by induction: a step keeps the
     mean and adds β to the variance, as new noise is independent of the old.
     """
-    beta = sigma ** 2
-    assert ddpm.naive_step(x_prev, beta, eps) == x_prev + sigma * eps
+    beta, moved, larger = sigma ** 2, x_prev + sigma * eps, v ** 2 + sigma ** 2
+    assert ddpm.naive_step(x_prev, beta, eps) == moved
     assert ddpm.naive_step(x_prev, beta, 0) == x_prev
     variance = ddpm.naive_step(v, beta, 0) ** 2 + ddpm.naive_step(0, beta, 1) ** 2
-    assert variance == v ** 2 + beta
+    assert variance == larger
 
 
 @proved
-def test_the_scaled_diffuser_keeps_unit_variance(schedule, x_prev, eps, a, b):
+def test_the_scaled_diffuser_keeps_unit_variance(schedule, x_prev, eps, a, sigma):
     """V2, V4: α² + β² = 1 keeps a variance of 1; with α = √α_1, β = √β_1 the step is Ho (2)."""
-    assert ddpm.scaled_step(x_prev, a, b, eps) == a * x_prev + b * eps
+    moved = a * x_prev + sigma * eps
+    assert ddpm.scaled_step(x_prev, a, sigma, eps) == moved
     scale, deviation = schedule.alpha[1] ** 0.5, schedule.beta[1] ** 0.5
     variance = (ddpm.scaled_step(1, scale, deviation, 0) ** 2
                 + ddpm.scaled_step(0, scale, deviation, 1) ** 2)
@@ -219,11 +219,11 @@ def test_the_variance_tends_to_one(schedule, t, v):
     """V2, V4: Var x_t = ᾱ_t s² + 1 − ᾱ_t by induction; 1 stays 1, else the gap shrinks by α_t."""
     scale, added = q_step(1, t, schedule)
     before = ddpm.variance_at(t - 1, v, schedule)
+    after, gap = scale ** 2 * before + added, 1 + schedule.alpha[t] * (before - 1)
     assert ddpm.variance_at(0, v, schedule) == v
-    assert ddpm.variance_at(t, v, schedule) == scale ** 2 * before + added
+    assert ddpm.variance_at(t, v, schedule) == after
+    assert ddpm.variance_at(t, v, schedule) == gap
     assert ddpm.variance_at(t, 1, schedule) == 1
-    gap = ddpm.variance_at(t, v, schedule) - 1
-    assert gap == schedule.alpha[t] * (before - 1)
 
 
 @proved
@@ -333,7 +333,8 @@ def test_at_t_1_the_posterior_is_the_image(schedule, x_t, x0):
 def test_the_posterior_lies_between_x_t_and_x_0(schedule, t, x_t, x0):
     """Ho (7), V9: the mean is A1 x_t + A2 x_0 with 0 ≤ A1 < 1 and 0 < A2 ≤ 1; 0 ≤ β̃_t ≤ β_t."""
     mean, variance = posterior.posterior(x_t, x0, t, schedule)
-    assert mean == A1(t, schedule) * x_t + A2(t, schedule) * x0
+    line = A1(t, schedule) * x_t + A2(t, schedule) * x0
+    assert mean == line
     assert variance == beta_tilde(t, schedule)
     assert A1(t, schedule) >= 0
     assert A1(t, schedule) < 1
@@ -405,9 +406,9 @@ def test_the_reverse_mean_is_the_posterior_mean_of_the_predicted_image(schedule,
 @proved
 def test_the_reverse_step_adds_sigma_z_but_not_at_t_1(schedule, t, x_t, eps, z, sigma):
     """Ho (1), N8, V6: x_{t−1} − μ_θ is σ_t z, σ_t a deviation, not a variance; nothing at t = 1."""
-    added = reverse_step(x_t, eps, t, z, sigma ** 2, schedule) - reverse_mean(
-        x_t, eps, t, schedule)
-    assert added == (sigma * z if t > 1 else 0)
+    step = reverse_step(x_t, eps, t, z, sigma ** 2, schedule)
+    moved = reverse_mean(x_t, eps, t, schedule) + (sigma * z if t > 1 else 0)
+    assert step == moved
 
 
 @pytest.mark.parametrize("s2", [1.0, 0.25])
@@ -416,8 +417,8 @@ def test_algorithm_2_on_gaussian_data_in_numpy(choice, s2):
     """Algorithm 2, N8: with ε* exact for N(0, s²) μ_θ is k_t x_t, k_t = √α_t v_{t−1}/v_t, as is
     proved next; so the variance of the walk follows from w ← k_t² w + σ_t², from 1 on.
     """
-    sigma2, v, expected = posterior.reverse_variance(choice, PAPER), 1 + PAPER.alpha_bar * (s2 - 1), 1
-    x = np.eye(1001)[0]
+    sigma2, v = posterior.reverse_variance(choice, PAPER), 1 + PAPER.alpha_bar * (s2 - 1)
+    x, expected = np.eye(1001)[0], 1.0
     for t in range(1000, 0, -1):                  # image k is fed one unit of noise, at step k only
         x = reverse_step(x, best_eps(x, t, 0.0, s2, PAPER), t, np.eye(1001)[t], sigma2[t], PAPER)
         expected = PAPER.alpha[t] * (v[t - 1] / v[t]) ** 2 * expected + sigma2[t] * (t > 1)
@@ -433,44 +434,50 @@ def test_the_two_variances_are_the_two_extremes(schedule, t, m, v, x_t):
     for variance_0, sigma2 in ((v, None), (1, beta), (0, beta_tilde(t, schedule))):
         v_prev, v_t = (ddpm.variance_at(u, variance_0, schedule) for u in (t - 1, t))
         exact = v_prev - (scale * v_prev) ** 2 / v_t              # conditioning a joint Gaussian
-        assert exact == beta * v_prev / v_t
-        assert exact == (exact if sigma2 is None else sigma2)
+        said = beta * v_prev / v_t if sigma2 is None else sigma2
+        assert exact == said
         mean = q_marginal(m, t - 1, schedule)[0] + scale * v_prev / v_t * (
             x_t - q_marginal(m, t, schedule)[0])
         assert reverse_mean(x_t, best_eps(x_t, t, m, variance_0, schedule), t, schedule) == mean
 
 
-def moments_of(weights, values):
-    """The mean and the variance of values with these weights, any positive numbers."""
+def variance_of(weights, values):
+    """The variance of values that have these weights, any positive numbers."""
     mean, square = (sum(w * x ** k for w, x in zip(weights, values)) / sum(weights) for k in (1, 2))
-    return mean, square - mean ** 2
+    return square - mean ** 2
+
+
+def mean_square(error, v):
+    """The mean square of an error that is linear in x_0, of mean square v, and in ε ~ N(0, 1)."""
+    return error(1, 0) ** 2 * v + error(0, 1) ** 2
 
 
 @proved
-def test_on_average_the_reverse_variance_lies_between_the_two(schedule, t, x_t, x_0, x_1, w_0, w_1,
+def test_on_average_the_reverse_variance_lies_between_the_two(schedule, t, x_t, x_i, x_j, w_i, w_j,
                                                               w):
-    """Ho section 3.2: Var(x_{t−1}|x_t) = β̃_t + A2² Var(x_0|x_t), for images x_0, x_1, … with any
-    chances, and β_t = β̃_t + A2² (1−ᾱ_t).  Between the two lies its average over x_t if pixels are in
-    [-1, 1]: E Var(x_0|x_t) ≤ E(x_0 − √ᾱ_t x_t)² ≤ 1 − ᾱ_t.  At one x_t it can be more than β_t: given
-    x_t = 0, x_0 = ±1 has variance 1.
+    """Ho section 3.2: for images x_i, x_j with any chances, Var(x_{t−1}|x_t) = β̃_t + A2²
+    Var(x_0|x_t), and β_t = β̃_t + A2² (1−ᾱ_t).  Between the two lies its average over x_t, for
+    pixels in [-1, 1]: E Var(x_0|x_t) ≤ E(x_0 − √ᾱ_t x_t)² ≤ 1 − ᾱ_t.  But at one x_t it can be more
+    than β_t: given x_t = 0, an x_0 that is 1 or -1 has variance 1.
     """
-    means, tilde = zip(*(posterior.posterior(x_t, x, t, schedule) for x in (x_0, x_1)))
+    means, tilde = zip(*(posterior.posterior(x_t, x, t, schedule) for x in (x_i, x_j)))
     weight, rest = A2(t, schedule) ** 2, schedule.one_minus_alpha_bar[t]
-    variance = tilde[0] + moments_of((w_0, w_1), means)[1]
-    assert variance == tilde[0] + weight * moments_of((w_0, w_1), (x_0, x_1))[1]
-    assert schedule.beta[t] == tilde[0] + weight * rest
+    variance = tilde[0] + variance_of((w_i, w_j), means)
+    said, largest, at_0 = (tilde[0] + weight * part for part in (
+        variance_of((w_i, w_j), (x_i, x_j)), rest, 1))
+    assert variance == said
+    assert schedule.beta[t] == largest
+    assert at_0 > largest
     square = 1 / (1 + w)                                           # E x_0², any number below 1
-    error = [x - schedule.alpha_bar[t] ** 0.5 * ddpm.q_sample(x, t, eps, schedule)
-             for x, eps in ((1, 0), (0, 1))]
-    average = error[0] ** 2 * square + error[1] ** 2
+    average = mean_square(lambda x0, eps: x0 - schedule.alpha_bar[t] ** 0.5 * ddpm.q_sample(
+        x0, t, eps, schedule), square)
     assert average <= rest
-    assert tilde[0] + weight > schedule.beta[t]
 
 
 @given(schedules)
 def test_sigma_is_one_of_two_and_never_0(schedule):
-    """Ho (13), section 3.2: σ_t² = β_t or β̃_t; but β̃_1 = 0 cannot be a density's variance, and for
-    both, as in the authors' code, β̃_2 stands at t = 1, or β_1 where T = 1.
+    """Ho (13), section 3.2: σ_t² = β_t or β̃_t; but β̃_1 = 0 cannot be a density's variance, and
+    for both, as in the authors' code, β̃_2 stands at t = 1, or β_1 where T = 1.
     """
     T, tilde = schedule.T, [beta_tilde(t, schedule) for t in range(2, schedule.T + 1)]
     for choice, expected in (("beta", schedule.beta[2:].tolist()), ("beta_tilde", tilde)):
@@ -515,8 +522,8 @@ def test_matching_in_x0(schedule, t, x_t, x0, x0_hat, sigma2):
     mu, _ = posterior.posterior(x_t, x0_hat, t, schedule)
     loss = posterior.matching_x0(x0, x0_hat, t, sigma2, schedule)
     assert loss == kl(mu_tilde, sigma2, mu, sigma2)
-    fall = ddpm.snr(t - 1, schedule) - ddpm.snr(t, schedule)
-    assert posterior.matching_x0(1, 0, t, tilde, schedule) == fall / 2
+    weight = (ddpm.snr(t - 1, schedule) - ddpm.snr(t, schedule)) / 2
+    assert posterior.matching_x0(1, 0, t, tilde, schedule) == weight
 
 
 @proved(first=2)
@@ -528,8 +535,8 @@ def test_matching_in_eps(schedule, t, x_t, eps, eps_hat, sigma2):
     loss = posterior.matching_eps(eps, eps_hat, t, sigma2, schedule)
     assert loss == kl(mu_tilde, sigma2, mu, sigma2)
     assert C(t, sigma2, schedule) > 0
-    fall = ddpm.snr(t - 1, schedule) / ddpm.snr(t, schedule) - 1
-    assert C(t, beta_tilde(t, schedule), schedule) == fall / 2
+    weight = (ddpm.snr(t - 1, schedule) / ddpm.snr(t, schedule) - 1) / 2
+    assert C(t, beta_tilde(t, schedule), schedule) == weight
 
 
 def test_C_is_no_constant():
@@ -543,9 +550,9 @@ def test_C_is_no_constant():
 def test_the_constant_that_beta_leaves(schedule, t, mu_tilde, mu, sigma2):
     """constant: beside the means, the KL for any σ² has D/2 [β̃/σ² − 1 + ln(σ²/β̃)]; for β̃_t 0."""
     tilde = beta_tilde(t, schedule)
-    means = posterior.matching_mean(mu_tilde, mu, sigma2)
-    constant = posterior.matching_constant(t, sigma2, schedule)
-    assert kl(mu_tilde, tilde, mu, sigma2) == means + constant
+    both = posterior.matching_mean(mu_tilde, mu, sigma2) + posterior.matching_constant(
+        t, sigma2, schedule)
+    assert kl(mu_tilde, tilde, mu, sigma2) == both
     assert posterior.matching_constant(t, tilde, schedule) == 0
 
 
@@ -582,11 +589,12 @@ def test_L_T_is_the_expected_first_term(schedule, path, reverse, T):
 
 @proved
 def test_the_other_terms_are_divergences_and_reconstruction(schedule, path, reverse, T):
-    """Ho (5), V7: L_0 is −log p(x_0|x_1), and Σ L_{t−1} is 0 for T = 1; for T = 2 its mean over x_1 ~
-    q(x_1|x_2,x_0) is KL(q(x_1|x_2,x_0) ‖ p(x_1|x_2)).
+    """Ho (5), V7: L_0 is −log p(x_0|x_1), and Σ L_{t−1} is 0 for T = 1; for T = 2 its mean over
+    x_1 ~ q(x_1|x_2,x_0) is KL(q(x_1|x_2,x_0) ‖ p(x_1|x_2)).
     """
     _, matching, l_0 = posterior.trajectory_terms(path, reverse, schedule)
-    assert l_0 == -log_normal(path[0], *reverse(path[1], 1))
+    reconstruction = -log_normal(path[0], *reverse(path[1], 1))
+    assert l_0 == reconstruction
     if T == 1:
         assert matching == 0
     if T == 2:
@@ -618,8 +626,8 @@ def test_the_bound_is_that_of_an_autoregressive_model(schedule, m, v, path, reve
     for t in range(1, T + 1):
         total = total + log_normal(path[t - 1], *exact(path[t], t)) - log_normal(
             path[t - 1], *reverse(path[t], t))
-    bound = posterior.trajectory_bound(path, reverse, schedule)
-    assert bound == total - log_normal(path[0], m, v)
+    total = total - log_normal(path[0], m, v)
+    assert posterior.trajectory_bound(path, reverse, schedule) == total
 
 
 @proved
@@ -628,17 +636,17 @@ def test_exact_reverse_kernels_leave_only_the_prior(schedule, m, v, path, T):
     L + log q(x_0) = log q(x_T)/p(x_T) on every path.
     """
     marginal, exact = gaussian_data(m, v, schedule)
-    prior = log_normal(path[T], *marginal(T)) - log_normal(path[T], 0, 1)
-    bound = posterior.trajectory_bound(path, exact, schedule)
-    assert bound == prior - log_normal(path[0], m, v)
+    left = log_normal(path[T], *marginal(T)) - log_normal(path[T], 0, 1) - log_normal(path[0], m, v)
+    assert posterior.trajectory_bound(path, exact, schedule) == left
 
 
 @given(st.lists(st.floats(0.01, 0.9), min_size=1, max_size=6).map(tables), pixels, st.data())
 def test_the_bound_is_never_below_minus_log_p(schedule, x0, data):
-    """Ho (3): −log p(x_0) ≤ E_q[log q(x_{1:T}|x_0)/p(x_{0:T})], for x_{t−1} = a_t x_t + b_t + √v_t z
-    with any a_t, b_t, v_t; equal for the exact reverse of N(0, 1).  Then p(x_0) is a Gaussian, and f,
-    the bound given q's noises, a square in them, whose mean f(0) + Σ_i [(f(e_i) + f(−e_i))/2 − f(0)]
-    is exact, e_i being one unit of noise at step i.
+    """Ho (3): −log p(x_0) ≤ E_q[log q(x_{1:T}|x_0)/p(x_{0:T})], if x_{t−1} = a_t x_t + b_t + √v_t z
+    with any a_t, b_t, v_t; and equal for the exact reverse of N(0, 1).
+
+    p(x_0) is a Gaussian then.  The bound f is a square in q's noises, so its mean over them is
+    f(0) + Σ_i [(f(e_i) + f(−e_i))/2 − f(0)], exactly, e_i being one unit of noise at step i.
     """
     number, steps = st.floats(-2, 2), range(1, schedule.T + 1)
     exact = [(math.sqrt(schedule.alpha[t]), 0.0, schedule.beta[t]) for t in steps]
@@ -699,8 +707,9 @@ def test_the_decoder_integrates_the_density_over_a_bin(level, sigma, offset):
 def test_the_density_at_t_1_is_a_term_of_l_simple(schedule, x0, eps, eps_hat, v):
     """Ho section 3.4: −log p(x_0|x_1), as a density, is C_1 ‖ε − ε_θ‖² + ½ ln 2πσ_1²."""
     x_1 = ddpm.q_sample(x0, 1, eps, schedule)
+    density = -log_normal(x0, reverse_mean(x_1, eps_hat, 1, schedule), v)
     loss = posterior.matching_eps(eps, eps_hat, 1, v, schedule) + np.log(2 * math.pi * v) / 2
-    assert loss == -log_normal(x0, reverse_mean(x_1, eps_hat, 1, schedule), v)
+    assert density == loss
 
 
 @pytest.mark.parametrize("sigma2, excess", [(PAPER.beta[1], "0.023"),
@@ -727,19 +736,15 @@ def test_l_simple_of_nothing_and_of_everything(eps):
     near(ddpm.l_simple(np.array([1.0, 2.0, 3.0]), np.array([2.0, 1.0, 3.0])), 2 / 3)
 
 
-def on_gaussian_data(error, v):
-    """The mean square of an error that is linear in x_0 ~ N(0, v) and in ε ~ N(0, 1)."""
-    return error(1, 0) ** 2 * v + error(0, 1) ** 2
-
-
 @proved
 def test_the_best_eps_is_the_best_line(schedule, t, v, k):
     """Ho (14): on N(0, s²) data ε_θ = k x_t has the mean loss ᾱ_t s²/v_t + v_t (k − k*)²: the least
     there is for ε*, whose k is k*.
     """
-    loss = on_gaussian_data(lambda x0, eps: eps - k * ddpm.q_sample(x0, t, eps, schedule), v)
+    loss = mean_square(lambda x0, eps: eps - k * ddpm.q_sample(x0, t, eps, schedule), v)
     v_t, best = ddpm.variance_at(t, v, schedule), best_eps(1, t, 0, v, schedule)
-    assert loss == schedule.alpha_bar[t] * v / v_t + v_t * (k - best) ** 2
+    said = schedule.alpha_bar[t] * v / v_t + v_t * (k - best) ** 2
+    assert loss == said
 
 
 @pytest.mark.parametrize("s2, floor", [(1.0, "0.275513"), (0.25, "0.173053")])
@@ -750,9 +755,9 @@ def test_l_simple_has_a_floor(s2, floor):
     def error(x0, eps):
         x_t = ddpm.q_sample(x0, np.arange(1, 1001), eps, PAPER)
         return eps - best_eps(x_t, np.arange(1, 1001), 0.0, s2, PAPER)
-    assert f"{on_gaussian_data(error, s2).mean():.6f}" == floor
+    assert f"{mean_square(error, s2).mean():.6f}" == floor
     if s2 == 1:
-        near(on_gaussian_data(error, s2), PAPER.alpha_bar[1:])
+        near(mean_square(error, s2), PAPER.alpha_bar[1:])
 
 
 # ── The score, and the best network that there can be ─────────────────────────────────────────────
@@ -806,8 +811,8 @@ squares = arrays(np.float64, (2, 2), elements=pixels)
 @given(st.lists(st.floats(0.01, 0.9), min_size=1, max_size=6).map(tables), st.data(), sets, squares,
        squares)
 def test_the_perfect_network_is_bayes_rule(schedule, data, images, x_t, delta):
-    """score, Ho (14): best_x0 is Σ q(x_i|x_t) x_i, and E‖x_0 − x̂_0‖² given x_t grows by exactly ‖δ‖²
-    when it is off by δ: no other prediction has a lower loss.  Of one image it is that image.
+    """score, Ho (14): best_x0 is Σ q(x_i|x_t) x_i, and E‖x_0 − x̂_0‖² given x_t grows by exactly
+    ‖δ‖² when it is off by δ: no other prediction has a lower loss.  Of one image it is that image.
     """
     t = data.draw(st.integers(1, schedule.T))
     log_w = log_normal(x_t, *q_marginal(images, t, schedule)).sum((1, 2))
@@ -824,7 +829,21 @@ def test_the_perfect_network_is_bayes_rule(schedule, data, images, x_t, delta):
     near(larger, (delta ** 2).sum(), magnified, scale=324)          # a loss is at most 4 · (3 + 6)²
 
 
-# ── What the formulas read ────────────────────────────────────────────────────────────────────────
+# ── What carries the proofs ───────────────────────────────────────────────────────────────────────
+
+
+def test_letters_are_equal_only_if_they_always_are():
+    """Letters: a = √ᾱ, s = √(1−ᾱ), x any number, v any above 0; what is not always so, is not so."""
+    a, s, b, x, v = map(Letters.of, ("a_1", "s_1", "a_2", "x", "v"))
+    assert a ** 2 + s ** 2 == 1 == (a + s * x) / (s * x + a) and a + s != 1 and x != -x and x != 0
+    assert (1 - a ** 2) ** 0.5 == s and (x ** 4 / v ** 2) ** 0.5 == x ** 2 / v
+    assert b < a < 1 < 1 / a and 0 < a - b and -x ** 2 / v < 0 < s and not b >= a
+    assert np.log(a * v) + np.log(v / a) == 2 * np.log(v) != np.log(v) and np.log(a) / 2 != 0
+    assert np.log(4 * a) - np.log(a) == math.log(4) and np.log(2 * a) != np.log(a)
+    for unknown in (lambda: a < s, lambda: x < 1, lambda: x > 0, lambda: x ** 0.5,
+                    lambda: (x ** 2) ** 0.5, lambda: (1 + a) ** 0.5, lambda: (a * b) ** 0.5):
+        with pytest.raises(AssertionError):
+            unknown()
 
 
 def test_formulas_read_their_tables_at_t_and_t_minus_1_alone():
@@ -1115,7 +1134,7 @@ def gaussian_trajectory(sampling, schedule, m, s2, noises):
     (Sampling("ddpm", variance="beta_tilde", clip=False), 0.25, 0.246125),
     (Sampling("ddim", eta=0.0, clip=False), 1.0, 0.996252),
     (Sampling("ddim", eta=0.0, clip=False), 0.25, 0.248498)])
-def test_algorithm_2_on_gaussian_data(sampling, s2, result):
+def test_algorithm_2_mean_square(sampling, s2, result):
     """Algorithm 2, N8, DDIM: with the exact ε* the output variance of algorithm_2 is known to six
     digits, image k fed noise k.
     """

@@ -128,8 +128,8 @@ def test_the_constant_and_L_T_keep_their_digits():
 @given(st.lists(st.floats(1e-4, 0.9), min_size=1, max_size=4), st.data(), pixels,
        st.lists(pixels, min_size=1, max_size=3))
 def test_the_best_network_keeps_its_digits(beta, data, x_t, images):
-    """score: best_x0, whose exponents ‖x_t − √ᾱ_t x_i‖²/(2(1−ᾱ_t)), up to 6²/2 over 1 − ᾱ_t, magnify
-    the rounding of the tables.
+    """score: best_x0, whose exponents ‖x_t − √ᾱ_t x_i‖²/(2(1−ᾱ_t)), up to 6²/2 over 1 − ᾱ_t,
+    magnify the rounding of the tables.
     """
     schedule, t = schedule_of(beta), data.draw(st.integers(1, len(beta)))
     x_t, images = np.array([[x_t]]), np.reshape(images, (-1, 1))

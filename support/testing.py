@@ -1,4 +1,4 @@
-"""The arithmetic of proofs: how near is near, schedules to draw, a hundred digits, and letters."""
+"""The arithmetic of proofs: how near is near, schedules to draw, letters, and what is proved."""
 import functools
 import inspect
 import itertools
@@ -217,7 +217,8 @@ class Letters(Sums):
         return (self + 1).log()
 
     def __float__(self):
-        raise TypeError("math.sqrt and math.log round: write sqrt(x), np.sqrt(x) or x ** 0.5, np.log")
+        raise TypeError("math.sqrt and math.log round: write sqrt(x), np.sqrt(x) or x ** 0.5, and "
+                        "np.log(x)")
 
     def number(self):
         """The fraction that it is, or None if it is not the same for all letters."""
@@ -306,7 +307,7 @@ def in_letters(T):
 
 
 def cases(names, first):
-    """What a claim is tried on, in words and as its arguments: small numbers first, then letters."""
+    """What a claim is tried on, in words and as its arguments: small numbers, then letters."""
     free = [part for name in names for part in WHOLE.get(name, name).split()]
     small = [abs(x) if name.startswith(POSITIVE) else x for name, x in zip(free, NUMBERS)]
     trials = [(exact_schedule(roots), t, small) for roots in ROOTS
@@ -318,7 +319,7 @@ def cases(names, first):
         shown = [f"t = {t}"] + [f"α_{k} = {x}" for k, x in enumerate(schedule.alpha) if k]
         shown = shown * ("schedule" in names) + [f"{name} = {x}" for name, x in given.items()]
         whole = dict(schedule=schedule, t=t, T=t, path=[given.get(f"x_{k}") for k in range(t + 1)],
-                     reverse=lambda x_t, t: (given[f"m_{t}"], given[f"v_{t}"]))
+                     reverse=lambda x_t, t: (given[f"m_{t}"] * x_t, given[f"v_{t}"]))
         yield ", ".join(shown), {name: {**given, **whole}[name] for name in names}
 
 
@@ -326,8 +327,8 @@ def proved(claim=None, *, first=1):
     """The test that claim(schedule, t, x_0, …) is true, tried on small numbers, then proved.
 
     schedule, t: from t = `first` on, where the claim has them; a claim about t = T calls it T.
-    path: any x_0 .. x_T.  reverse: any mean and variance for each t, whatever x_t is, as x_t is any
-    number too.  All other parameters are any numbers, above 0 if they begin as in POSITIVE.
+    path: any x_0 .. x_T.  reverse: x_t, t ↦ m_t x_t and v_t, which are any mean and variance, as
+    m_t is any number.  Other parameters are any numbers, above 0 if they begin as in POSITIVE.
     """
     if claim is None:
         return functools.partial(proved, first=first)
