@@ -14,12 +14,11 @@ from torch import Tensor
 import ddpm
 import posterior
 from ddpm import Schedule
-from sample import SHIPPED, TRAINED, draw_images
-from support.config import Config, Sampling, options
+from sample import default_weights, draw_images, times
+from support.config import Config, Sampling, options, schedule_from
 from support.console import Progress, run_script
 from support.data import DIGITS, fingerprint, held_out_images, load, split, to_batch, to_pixels
 from support.devices import autocast, choose_device
-from support.forward import on_device, q_sample, schedule_from
 from support.pictures import image_grid, write_png
 from support.weights import load_network
 
@@ -27,44 +26,67 @@ from support.weights import load_network
 # ── The bound ─────────────────────────────────────────────────────────────────────────────────────
 
 @torch.no_grad()
-def bound(predict: Callable, schedule: Schedule, x0: Tensor, seed: int = 0, each: int = 32) -> dict:
-    """L_T, Σ_{t>1} L_{t−1}, L_0 in bits per dimension, with Monte Carlo errors           Ho (5), V7
+def squared_errors(predict: Callable, schedule: Schedule, x0: Tensor, seed: int = 0,
+                   each: int = 32) -> tuple:
+    """‖ε − ε_θ(x_t, t)‖² per pixel of `each` random images, (T+1, each), and μ_θ(x_1, 1) of all.
 
-    predict(x_t, t, i): ε_θ for images i of x0 (N, C, H, W).  L_{t−1} is estimated from `each`
-    random images for each t, L_0 from all, L_T exactly.
-    Returns {variance: {term: (mean, standard error)}}, for σ_t² = β_t and β̃_t.
+    predict(x_t, t, i): ε_θ for images i of x0 (N, C, H, W).
     """
-    tables, to = on_device(schedule, x0.device), dict(device=x0.device)
-    rng, errors = torch.Generator(**to).manual_seed(seed), np.zeros((schedule.T + 1, each))
+    rng = torch.Generator(x0.device).manual_seed(seed)
+    errors = np.zeros((schedule.T + 1, each))
     progress = Progress(schedule.T, images=each)
     for t in range(schedule.T, 0, -1):
-        i = (torch.randint(len(x0), (each,), generator=rng, **to) if t > 1
-             else torch.arange(len(x0), **to))
-        eps = torch.randn(x0[i].shape, generator=rng, **to)
-        x_t = q_sample(x0[i], t, eps, tables)
-        eps_hat = predict(x_t, torch.full((len(x_t),), t, **to), i)
+        i = torch.arange(len(x0), device=x0.device)
         if t > 1:
-            errors[t] = (eps - eps_hat).square().mean((1, 2, 3)).cpu().numpy()
+            i = torch.randint(len(x0), (each,), generator=rng, device=x0.device)
+        eps = torch.randn(x0[i].shape, generator=rng, device=x0.device)
+        x_t = ddpm.q_sample(x0[i], t, eps, schedule)
+        eps_hat = predict(x_t, torch.full((len(x_t),), t, device=x0.device), i)
+        errors[t] = np.resize((eps - eps_hat).square().mean((1, 2, 3)).cpu().numpy(), each)
         progress(schedule.T - t + 1, f"the bound: t = {t}")
-    clean, x_1, eps_1 = (array.cpu().double().numpy() for array in (x0, x_t, eps_hat))
-    mean_0 = posterior.reverse_mean(x_1, eps_1, 1, schedule)
+    x_1, eps_1 = (array.cpu().double().numpy() for array in (x_t, eps_hat))
+    return errors, posterior.reverse_mean(x_1, eps_1, 1, schedule)
+
+
+def bound(errors: np.ndarray, mean_0: np.ndarray, x0: np.ndarray, schedule: Schedule) -> dict:
+    """L_T, Σ_{t>1} L_{t−1}, L_0 in bits per dimension, with Monte Carlo errors           Ho (5), V7
+
+    errors, mean_0: of squared_errors.  L_{t−1} is estimated from the random images for each t, L_0
+    from all, L_T exactly.
+    Returns {σ_t²: {term: (mean, standard error)}}, for σ_t² = β_t and β̃_t.
+    """
     t, terms = np.arange(2, schedule.T + 1), {}
-    for variance in ("beta", "beta_tilde"):
-        sigma2 = posterior.reverse_variance(variance, schedule)
-        C_t = posterior.C(t, sigma2[t], schedule)
+    for choice in ("beta", "beta_tilde"):
+        sigma2 = posterior.reverse_variance(choice, schedule)
+        C_t, (_, each) = posterior.C(t, sigma2[t], schedule), errors.shape
         matching = C_t * errors[t].mean(1) + posterior.matching_constant(t, sigma2[t], schedule)
         error = np.sqrt((C_t ** 2 * errors[t].var(1, ddof=1) / each).sum())
-        l_0 = posterior.L_0(clean, mean_0, sigma2[1]).mean((1, 2, 3)) / np.log(2)
-        terms[variance] = {
-            "L_T": (posterior.bits_per_dim(posterior.L_T(clean, schedule)), 0.0),
+        l_0 = posterior.L_0(x0, mean_0, sigma2[1]).mean((1, 2, 3)) / np.log(2)
+        terms[choice] = {
+            "L_T": (posterior.bits_per_dim(posterior.L_T(x0, schedule)), 0.0),
             "L_{t-1}": (matching.sum() / np.log(2), error / np.log(2)),
             "L_0": (l_0.mean(), l_0.std(ddof=1) / np.sqrt(len(l_0)))}
     return terms
 
 
+def rate_distortion(errors: np.ndarray, x0: np.ndarray, schedule: Schedule) -> tuple:
+    """Of the receiver who knows x_t: Σ_{s>t} L_{s−1} + L_T, and the error of x̂_0    Ho section 4.3
+
+    Returns two arrays, t = 0..T (index 0 is not used): bits per dimension sent so far, with
+    σ_t² = β_t; and the root mean square of x_0 − x̂_0, which is ‖ε − ε_θ‖²/SNR_t, in 0..255.
+    """
+    t, sigma2 = np.arange(1, schedule.T + 1), posterior.reverse_variance("beta", schedule)
+    matching, distortion = np.zeros((2, schedule.T + 1))
+    matching[2:] = (posterior.C(t[1:], sigma2[2:], schedule) * errors[2:].mean(1)
+                    + posterior.matching_constant(t[1:], sigma2[2:], schedule))
+    distortion[1:] = 127.5 * np.sqrt(errors[1:].mean(1) / ddpm.snr(t, schedule))
+    sent = np.append(np.cumsum(matching[::-1])[::-1], 0)[1:] + posterior.L_T(x0, schedule).mean()
+    return sent / np.log(2), distortion
+
+
 def print_bound(net, config: Config, images: np.ndarray, labels: np.ndarray | None):
-    """The terms for these images, as the paper reports them: section 4.3."""
-    device = next(net.parameters()).device
+    """The terms for these images, and rate and distortion over t: section 4.3, figure 5."""
+    device, schedule = next(net.parameters()).device, schedule_from(config)
     x0 = to_batch(torch.from_numpy(images).to(device))
     label = None if labels is None else torch.from_numpy(labels).to(device)
 
@@ -72,15 +94,21 @@ def print_bound(net, config: Config, images: np.ndarray, labels: np.ndarray | No
         with autocast(device, config.float32):         # in parts as large as those of the training
             return torch.cat([net(x, t[:len(x)], None if label is None else label[j])
                               for x, j in zip(x_t.split(config.batch), i.split(config.batch))])
-    found = bound(predict, schedule_from(config), x0)
+    errors, mean_0 = squared_errors(predict, schedule, x0)
+    clean = x0.cpu().double().numpy()
     print(f"\n−log p(x_0) of {len(x0)} held-out images is at most, in bits per dimension:")
     print("sigma²        regularization L_T    matching Σ L_{t−1}   reconstruction L_0       total")
-    for variance, terms in found.items():
+    for choice, terms in bound(errors, mean_0, clean, schedule).items():
         total = sum(mean for mean, _ in terms.values())
         error = np.sqrt(sum(error ** 2 for _, error in terms.values()))
         row = "".join(f"{mean:14.4f} ± {error:.4f}" for mean, error in terms.values())
-        print(f"{variance:10} {row}{total:12.4f} ± {error:.4f}")
+        print(f"{choice:10} {row}{total:12.4f} ± {error:.4f}")
     print("rate = L_T + Σ L_{t−1}, distortion = L_0; ± one standard error of the estimate")
+    rate, distortion = rate_distortion(errors, clean, schedule)
+    print("\nWho has been sent x_t: bits per dimension so far, and how far x̂_0 is off, in grey levels")
+    print("    t      rate   distortion")
+    for t in times(schedule.T, min(schedule.T, 10))[:0:-1]:
+        print(f"{t:5d}{rate[t]:10.4f}{distortion[t]:13.2f}")
 
 
 # ── The best network that there can be, and copies ────────────────────────────────────────────────
@@ -150,9 +178,9 @@ def draw_perfectly(net, config: Config, images: np.ndarray, labels: np.ndarray |
 
 
 def main():
-    parser = options(__doc__.split("\n\n")[1], Sampling, "weights", "data", "device")
+    parser = options(__doc__.split("\n\n")[1], Sampling, names=("weights", "data", "device"))
     chosen = Sampling(**vars(parser.parse_args()))
-    path = chosen.weights or (TRAINED if TRAINED.exists() else SHIPPED)
+    path = chosen.weights or default_weights()
     net, config = load_network(path, choose_device(chosen.device))
     most = max(2, 2 ** 21 // np.prod(config.image_shape))     # so many fit into 16 MB of float64
     images, labels = load(chosen.data or config.data, with_labels=config.num_classes > 0)

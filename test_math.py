@@ -23,6 +23,7 @@ import inspect
 import math
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -37,10 +38,8 @@ import sample
 import train
 from ddpm import (Schedule, cosine, draw, linear, log_normal, q_marginal, q_step, schedule_of)
 from posterior import A1, A2, C, beta_tilde, kl, reverse_mean, reverse_step
-from support import forward
 from support.config import Config, Sampling
 from support.data import split
-from support.devices import standard_normal
 from support.run import Run
 from support.testing import (ONE_STEP, PAPER, Letters, betas, evenly, images, in_letters,
                              mean_of_quadratic, moments, near, pixels, proved, schedules, tables)
@@ -923,7 +922,7 @@ def small_unet(seed=0, **changes):
 def test_tables_are_cast_once_from_float64(made, device):
     """Ho (4): every table on the device is the float64 one, rounded to float32 and nothing else."""
     schedule = made()
-    for found, exact in zip(forward.on_device(schedule, device), schedule):
+    for found, exact in zip(train.on_device(schedule, device), schedule):
         assert np.array_equal(found.cpu().numpy(), exact.astype(np.float32))
 
 
@@ -931,15 +930,18 @@ def test_tables_are_cast_once_from_float64(made, device):
 @given(seed=st.integers(0, 99), moment=moments(first=0))
 @example(seed=0, moment=(PAPER, 1))
 def test_torch_x_t_is_numpy_x_t(device, seed, moment):
-    """Ho (4), N3: q_sample in both worlds, with one t for all images and with a t for each."""
+    """Ho (4), N3: q_sample on tensors: with one t for all images and NumPy's
+    tables, and with a t for each image and the tables on the device.
+    """
     schedule, t = moment
     (x0, x0_torch), (eps, eps_torch) = (batch_of(seed + i, 2, 1, 4, 4, device=device)
                                         for i in (0, 100))
-    tables = forward.on_device(schedule, device)
-    near32(forward.q_sample(x0_torch, t, eps_torch, tables), ddpm.q_sample(x0, t, eps, schedule))
-    each = np.array([t, schedule.T])
-    near32(forward.q_sample(x0_torch, torch.tensor(each, device=device), eps_torch, tables),
-           ddpm.q_sample(x0, each.reshape(2, 1, 1, 1), eps, schedule))
+    each = np.array([t, schedule.T]).reshape(2, 1, 1, 1)
+    for numpy_t, torch_t, tables_ in (
+            (t, t, schedule),
+            (each, torch.tensor(each, device=device), train.on_device(schedule, device))):
+        near32(ddpm.q_sample(x0_torch, torch_t, eps_torch, tables_),
+               ddpm.q_sample(x0, numpy_t, eps, schedule))
 
 
 def test_the_loss_that_is_trained_is_numpy_s():
@@ -973,13 +975,15 @@ def bare_run(net, optimizer, lr, **settings_):
     return run
 
 
-def test_algorithm_1_is_its_six_lines():
+@pytest.mark.parametrize("stratified", [True, False])
+def test_algorithm_1_is_its_six_lines(stratified):
     """Ho Algorithm 1: three steps, replayed in NumPy with the same random numbers: the next batch,
     t, ε, x_t, the loss, down its clipped gradient at the step's learning rate, and the average.
     """
     schedule, net = evenly(10, 0.01, 0.3), Linear(10)
     nn.init.normal_(net.w, generator=torch.Generator().manual_seed(0))
-    run = bare_run(net, torch.optim.SGD, 0.1, steps=5, warmup=2, grad_clip=0.05, ema_decay=0.25)
+    run = bare_run(net, torch.optim.SGD, 0.1, steps=5, warmup=2, grad_clip=0.05,
+                   ema_decay=0.25, stratified=stratified)
     data = [(batch_of(k, 5, 1, 2, 2), torch.arange(5) + k) for k in range(4)]
     w, ema, labels = net.w.detach().double().numpy().copy(), net.w.detach().double().numpy(), []
 
@@ -987,11 +991,12 @@ def test_algorithm_1_is_its_six_lines():
         labels.append(label)
         return net(x_t, t)
     loop = train.algorithm_1(run, eps_theta, lambda step: (data[step][0][1], data[step][1]),
-                             forward.on_device(schedule, "cpu"))
+                             train.on_device(schedule, "cpu"))
     for step, loss in zip((1, 2, 3), loop):
         rng, ((x0, _), label) = run.rng(step), data[step]
-        t = train.stratified_t(5, 10, rng).numpy()
-        eps = standard_normal(x0.shape, rng).double().numpy()
+        t = torch.randint(1, 11, (5,), generator=rng).numpy()
+        eps = torch.randn(x0.shape, generator=rng).double().numpy()
+        t = 1 + (10 * np.arange(5) + t - 1) // 5 if stratified else t
         x_t = ddpm.q_sample(x0, t.reshape(-1, 1, 1, 1), eps, schedule)
         eps_hat = w[t].reshape(-1, 1, 1, 1) * x_t
         near32(loss, ddpm.l_simple(eps, eps_hat), condition=3)
@@ -1002,7 +1007,8 @@ def test_algorithm_1_is_its_six_lines():
         w -= 0.1 * min(1, step / 2) * (1 - (step - 1) / 5) * gradient
         d = min(0.25, (1 + step) / (10 + step))
         ema = d * ema + (1 - d) * w
-        near32(net.w, w, condition=3), near32(run.ema.w, ema, condition=3)
+        near32(net.w, w, condition=3)
+        near32(run.ema.w, ema, condition=3)
         assert run.step == step == len(labels) and labels[-1] is label
 
 
@@ -1013,10 +1019,10 @@ def test_a_perfect_network_has_no_loss():
     Five standard errors of 16,384 pixels: a false alarm once in 10⁶; a loss off by 6% is found.
     """
     (_, x0), net = batch_of(0, 64, 1, 16, 16), Linear(1000)
-    tables = forward.on_device(PAPER, "cpu")
+    tables = train.on_device(PAPER, "cpu")
     for knows, expected, error in ((1, 0, 1e-6), (0, 1, 5 * math.sqrt(2 / 16384))):
         def eps_theta(x_t, t, label):
-            return knows * forward.eps_from_x0(x_t, t, x0, tables) + net(x_t, t)
+            return knows * ddpm.eps_from_x0(x_t, t.reshape(-1, 1, 1, 1), x0, tables) + net(x_t, t)
         run = bare_run(net, torch.optim.SGD, 0.0)
         loss = next(train.algorithm_1(run, eps_theta, lambda step: (x0, None), tables))
         assert abs(loss.item() - expected) < error
@@ -1031,7 +1037,7 @@ def test_training_on_gaussian_data_reaches_the_floor_and_not_below():
     def next_batch(step):
         return torch.randn(1000, 1, 2, 2, generator=torch.Generator().manual_seed(step)), None
     for _ in zip(range(400), train.algorithm_1(run, run.net, next_batch,
-                                               forward.on_device(PAPER, "cpu"))):
+                                               train.on_device(PAPER, "cpu"))):
         pass
     for trained in (run.net, run.ema):
         w = trained.w.detach().double().numpy()[1:]
@@ -1040,31 +1046,15 @@ def test_training_on_gaussian_data_reaches_the_floor_and_not_below():
         assert 0.275513 - 1e-6 < expected < 0.2775
 
 
-@given(st.integers(1, 300), st.sampled_from([1, 2, 10, 1000]), st.integers(0, 10**6))
-def test_t_is_drawn_from_1_to_T(count, T, seed):
-    """Ho Algorithm 1, line 3: every t in 1..T, and T too; the k-th draw is in the k-th part."""
-    t = train.stratified_t(count, T, torch.Generator().manual_seed(seed)).numpy()
-    assert t.min() >= 1 and t.max() <= T and len(t) == count
-    assert np.all(np.abs((t - 0.5) / T - (np.arange(count) + 0.5) / count)
-                  <= 0.5 / T + 0.5 / count + 1e-6)
-
-
-def test_the_largest_uniform_is_still_a_time(monkeypatch):
-    """Ho Algorithm 1, line 3: u may round up to 1 in float32, and t = T + 1 is in no table."""
-    monkeypatch.setattr(torch, "rand", lambda n, **to: torch.full((n,), 1 - 2.0 ** -24))
-    assert train.stratified_t(64, 1000, torch.Generator())[-1] == 1000
-
-
-def test_every_t_is_equally_likely():
-    """Ho Algorithm 1, line 3: of 20,000 draws of 1..10 in batches of 3 each is about a tenth.
-
-    Six standard errors of 0.0021: a false alarm once in 10⁸; a t that is never drawn, or drawn by
-    an eighth too often, is found.
+@pytest.mark.parametrize("n, T", [(1, 1), (1, 10), (3, 10), (64, 1000), (10, 3), (7, 7)])
+def test_stratified_times_are_uniform_and_spread(n, T):
+    """Ho Algorithm 1, line 3: over all n times and all draws t_k of 1..T, each t of 1..T comes
+    equally often, T too; and the k-th lies in the k-th of n equal parts.
     """
-    rng = torch.Generator().manual_seed(0)
-    t = torch.cat([train.stratified_t(3, 10, rng) for _ in range(20000 // 3)])
-    fractions = np.bincount(t.numpy(), minlength=11)[1:] / len(t)
-    assert np.all(np.abs(fractions - 0.1) < 6 * math.sqrt(0.09 / 20000))
+    found = torch.stack([train.stratified(torch.full((n,), t), T) for t in range(1, T + 1)])
+    assert np.bincount(found.flatten(), minlength=T + 1).tolist() == [0] + [n] * T
+    part = (torch.arange(n) + 0.5) / n
+    assert ((found - 0.5) / T - part).abs().max() <= 0.5 / T + 0.5 / n
 
 
 def test_batches_are_images_with_their_labels():
@@ -1104,34 +1094,72 @@ def test_batches_are_images_with_their_labels():
 
 
 @on_every_device
-@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+@pytest.mark.parametrize("choice", ["beta", "beta_tilde"])
 @given(schedule=mild, data=st.data())
-def test_torch_reverse_step_is_numpy_s(device, variance, schedule, data):
+def test_torch_reverse_step_is_numpy_s(device, choice, schedule, data):
     """Ho (1, 11), N8, V6: one step of Algorithm 2, with the same noise, σ_t² = β_t and β̃_t."""
     t = data.draw(st.integers(1, schedule.T))
     (x_t, eps, _, _, z), (x_t32, eps32, _, _, z32) = step_arguments(schedule, t, device)
-    sigma2 = posterior.reverse_variance(variance, schedule)[t]
-    found = sample.ddpm_step(x_t32, t, eps32, z32 * (t > 1), forward.on_device(schedule, device),
-                             variance)
-    near32(found, reverse_step(x_t, eps, t, z, sigma2, schedule), condition=10)
+    sigma2 = posterior.reverse_variance(choice, schedule)[t]
+    near32(reverse_step(x_t32, eps32, t, z32, sigma2, schedule),
+           reverse_step(x_t, eps, t, z, sigma2, schedule), condition=10)
+
+
+def test_what_is_proved_is_what_trains_and_what_draws(monkeypatch):
+    """Ho (4, 7, 11, 14, 15): replace a formula of ddpm.py or posterior.py by a wrong one, and the
+    loss of algorithm_1 or the image of a sampler is another.
+    """
+    schedule = evenly(6, 0.05, 0.3)
+
+    def results():
+        run = bare_run(Linear(6), torch.optim.SGD, 0.1)
+        nn.init.ones_(run.net.w)
+        x0, noises = batch_of(0, 4, 1, 2, 2)[1], [batch_of(k, 4, 1, 2, 2)[1] for k in range(9)]
+        yield next(train.algorithm_1(run, run.net, lambda step: (x0, None),
+                                     train.on_device(schedule, "cpu"))).item()
+        for sampling in (Sampling(), Sampling(clip=False), Sampling("ddim"), Sampling("dpm"),
+                         Sampling(sigma2="beta_tilde")):
+            left = iter(noises)
+            *_, image = sample.trajectory(lambda x_t, t: x_t / 2, schedule, sampling,
+                                          lambda: next(left))
+            yield image.mean().item()
+    right = list(results())
+    changed = {}
+    for module, name in ((ddpm, "q_sample"), (ddpm, "l_simple"), (ddpm, "x0_from_eps"),
+                         (ddpm, "eps_from_x0"), (posterior, "reverse_step"),
+                         (posterior, "beta_tilde"), (posterior, "reverse_variance")):
+        with monkeypatch.context() as patch:
+            ours = getattr(module, name)
+            for user in (module, train, sample):
+                if hasattr(user, name):
+                    patch.setattr(user, name, lambda *args, ours=ours: 1.1 * ours(*args))
+            changed[name] = [a != b for a, b in zip(results(), right)]
+    assert changed == {       # the loss; ddpm, the same without clipping, ddim, dpm, beta_tilde
+        "q_sample": [True] + 5 * [False], "l_simple": [True] + 5 * [False],
+        "x0_from_eps": [False, True, False, True, True, True],
+        "eps_from_x0": [False, True, False, True, True, True],
+        "reverse_step": [False, True, True, False, False, True],
+        "beta_tilde": [False, False, False, True, True, True],
+        "reverse_variance": [False, True, True, False, False, True]}
 
 
 def gaussian_trajectory(sampling, schedule, m, s2, noises):
     """The trajectory of Algorithm 2 with the exact ε* for N(m, s²) data, in float64."""
-    tables, left = Schedule(*map(torch.tensor, schedule)), list(noises)[::-1]
+    left = list(noises)[::-1]
 
     def noise():
         assert left, f"Algorithm 2 draws {schedule.T} noises: x_T, and z for t > 1; not one more"
         return left.pop().reshape(-1, 1, 1, 1)
-    step = sample.sampler_step(lambda x_t, t: best_eps(x_t, t, m, s2, tables), tables, sampling)
-    return [x_t.flatten() for x_t, _ in sample.algorithm_2(step, schedule.T, noise)]
+    walk = sample.trajectory(lambda x_t, t: best_eps(x_t, t, m, s2, schedule), schedule, sampling,
+                             noise)
+    return [x_t.flatten() for x_t in walk]
 
 
 @pytest.mark.parametrize("sampling, s2, result", [
     (Sampling("ddpm", clip=False), 1.0, 0.999900),
     (Sampling("ddpm", clip=False), 0.25, 0.250752),
-    (Sampling("ddpm", variance="beta_tilde", clip=False), 1.0, 0.991067),
-    (Sampling("ddpm", variance="beta_tilde", clip=False), 0.25, 0.246125),
+    (Sampling("ddpm", sigma2="beta_tilde", clip=False), 1.0, 0.991067),
+    (Sampling("ddpm", sigma2="beta_tilde", clip=False), 0.25, 0.246125),
     (Sampling("ddim", eta=0.0, clip=False), 1.0, 0.996252),
     (Sampling("ddim", eta=0.0, clip=False), 0.25, 0.248498)])
 def test_algorithm_2_mean_square(sampling, s2, result):
@@ -1143,18 +1171,41 @@ def test_algorithm_2_mean_square(sampling, s2, result):
     assert len(trajectory) == 1001 and trajectory[0].tolist() == [1.0] + [0.0] * 999
 
 
+def test_a_walk_can_begin_anywhere():
+    """Algorithm 2: from x_t at t = 3 of six, each sampler that remembers nothing goes on as it
+    would have from x_T.
+    """
+    schedule = evenly(6, 0.05, 0.3)
+    noises = [batch_of(k, 2, 1, 2, 2)[1] for k in range(6)]
+    for walk in (partial(sample.algorithm_2, lambda x_t, t: x_t / t, schedule, schedule.beta),
+                 partial(sample.ddim, lambda x_t, t: x_t / t, schedule, 1.0)):
+        whole = list(walk(iter(noises).__next__))
+        rest = list(walk(iter(noises[4:]).__next__, whole[3], 3))
+        assert len(whole) == 7 and len(rest) == 4 and all(map(torch.equal, rest, whole[3:]))
+
+
 SHORT = replace(SMALL, T=12, beta_1=0.01, beta_T=0.3, float32=True, num_classes=0)
+
+
+def generate(net, config, sampling, indices, label=None, known=None):
+    """Each x_t of the images `indices`, as sample.py draws them."""
+    with torch.no_grad():
+        eps_theta, schedule = sample.prediction(net, config, sampling, len(indices), label)
+        device = next(net.parameters()).device
+        noise = sample.image_noise(sampling.seed, indices, config.image_shape, device)
+        return list(sample.trajectory(eps_theta, schedule, sampling, noise, known))
 
 
 @on_every_device
 @pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
+@pytest.mark.parametrize("choice", ["beta", "beta_tilde"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_whole_trajectory_through_a_network_is_numpy_s(device, clip, variance, seed):
-    """Algorithm 2, N4, N8: generate() against reverse_step: same network, same noise, every x_t."""
+def test_the_whole_trajectory_through_a_network_is_numpy_s(device, clip, choice, seed):
+    """Algorithm 2, N4, N8: what sample.py draws against reverse_step on arrays: same network, same
+    noise, every x_t.
+    """
     net, schedule = small_unet(seed, num_classes=0).to(device), evenly(12, 0.01, 0.3)
-    sampling = Sampling("ddpm", variance=variance, clip=clip, seed=seed)
-    found = [x_t for x_t, _ in sample.generate(net, SHORT, sampling, range(5, 7))]
+    found = generate(net, SHORT, Sampling("ddpm", sigma2=choice, clip=clip, seed=seed), range(5, 7))
     assert len(found) == 13
     streams = [np.random.default_rng((seed, i)) for i in (5, 6)]
     x_t = np.stack([s.standard_normal((1, 8, 8), dtype=np.float32)
@@ -1170,6 +1221,6 @@ def test_the_whole_trajectory_through_a_network_is_numpy_s(device, clip, varianc
             eps = ddpm.eps_from_x0(x_t, t, x0, schedule)
         z = (np.stack([s.standard_normal((1, 8, 8), dtype=np.float32) for s in streams])
              if t > 1 else 0.0)
-        x_t = reverse_step(x_t, eps, t, z, posterior.reverse_variance(variance, schedule)[t],
+        x_t = reverse_step(x_t, eps, t, z, posterior.reverse_variance(choice, schedule)[t],
                            schedule)
         near32(found[13 - t], x_t, condition=30)

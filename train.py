@@ -4,29 +4,20 @@
 its weights.  `--data PATH` takes other images, `--resume` continues a stopped run, `torchrun
 --nproc_per_node=N train.py` uses N devices.
 """
-from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Callable, Iterator
-from itertools import count
 from pathlib import Path
-from shlex import quote
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+import evaluate
 import posterior
-from ddpm import Schedule, l_simple
-from evaluate import least_loss
+from ddpm import Schedule, l_simple, q_sample
 from sample import draw_images
-from support.config import PRESETS, Config, Sampling, options, tuples
-from support.console import SIGPIPE, Progress, on_stop, run_script
-from support.data import split, to_batch, to_pixels
-from support.devices import (autocast, graphed, over_all, precision, processes, seed_from, shared,
-                             standard_normal, start_processes)
-from support.forward import on_device, q_sample, schedule_from
-from support.pictures import image_grid, write_png
-from support.run import CHECKPOINT, NETWORK, Run, lock, open_run
-from unet import parameters
+from support import console, data, devices, pictures
+from support.config import Config, Sampling, Training, named, options, schedule_from
+from support.run import Run, lock, open_run
 
 LOG_EVERY = 10              # steps; to read a loss is to wait for the device
 
@@ -34,115 +25,132 @@ LOG_EVERY = 10              # steps; to read a loss is to wait for the device
 # ── Algorithm 1 ───────────────────────────────────────────────────────────────────────────────────
 
 def algorithm_1(run: Run, eps_theta: Callable, next_batch: Callable,
-                schedule: Schedule) -> Iterator[Tensor]:
+                schedule: Schedule) -> Iterator[torch.Tensor]:
     """Yields the loss of each step; the caller decides when to stop                     Algorithm 1
 
     run: its network, average and optimizers are changed in place.  next_batch(step) → (x_0, label).
-    eps_theta(x_t, t, label): the network's prediction of ε.
+    eps_theta(x_t, t, label): the network's prediction of ε.  schedule: its tables on the device.
     """
-    for step in count(run.step + 1):                                 # 1: repeat
-        rng = run.rng(step)                                          #      (this step's numbers)
-        x0, label = next_batch(step)                                 # 2:   x_0 ~ q(x_0)
-        t = stratified_t(len(x0), schedule.T, rng)                   # 3:   t ~ Uniform({1, …, T})
-        eps = standard_normal(x0.shape, rng)                         # 4:   ε ~ N(0, I)
-        x_t = q_sample(x0, t, eps, schedule)                         # 5:   take a gradient step on
-        loss = l_simple(eps, eps_theta(x_t, t, label))               #        ∇_θ ‖ε − ε_θ(x_t, t)‖²
-        run.net.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(run.net.parameters(), run.config.grad_clip)
-        optimizer_step(run.optimizers, lr_scale(step, run.config))
-        update_ema(run.ema, run.net, step, run.config.ema_decay)
+    net, config, T = run.net, run.config, schedule.T
+    while True:                                                   # 1: repeat
+        step = run.step + 1
+        rng = run.rng(step)
+        set_rates(run.optimizers, lr_scale(step, config))
+
+        x0, label = next_batch(step)                              # 2:   x_0 ~ q(x_0)
+        t = torch.randint(1, T + 1, x0.shape[:1],                 # 3:   t ~ Uniform({1, …, T})
+                          generator=rng, device=rng.device)
+        t = stratified(t, T) if config.stratified else t
+        eps = torch.randn(x0.shape, generator=rng, device=rng.device)              # 4:   ε ~ N(0, I)
+        x_t = q_sample(x0, t.reshape(-1, 1, 1, 1), eps, schedule)
+        loss = l_simple(eps, eps_theta(x_t, t, label))            # 5:   take a gradient descent step
+        net.zero_grad()                                           #      on ∇_θ ‖ε − ε_θ(√ᾱ_t x_0 +
+        loss.backward()                                           #             √(1−ᾱ_t) ε, t)‖²
+        nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
+        for optimizer in run.optimizers:
+            optimizer.step()
+
+        update_ema(run.ema, net, step, config.ema_decay)
         run.step = step
-        yield loss.detach()                                          # 6: until converged
+        yield loss.detach()                                       # 6: until converged
 
 
-def stratified_t(n: int, T: int, rng: torch.Generator) -> Tensor:
-    """t ~ Uniform({1, …, T}), but stratified: 1..T is cut into as many equal parts as the whole
-    batch has images, and one t is drawn from each.
+def stratified(t: torch.Tensor, T: int) -> torch.Tensor:
+    """t_k ← 1 + ⌊(k T + t_k − 1)/n⌋, k = 0, …, n − 1: one t from each n-th of 1..T
 
-    The expected loss is that of independent t, and it varies less: better digits, sooner.
+    k T + t_k − 1 is any of n T numbers, so t is as uniform as before; but the mean loss over one
+    from each part varies less than over n independent ones: better digits, sooner.
+    >>> stratified(torch.tensor([1, 1, 10, 10]), 10)
+    tensor([ 1,  3,  8, 10])
     """
-    batch = n * processes()[1]
-    u = torch.rand(batch, generator=rng, device=rng.device)
-    u = (torch.arange(batch, device=rng.device) + u) / batch
-    return shared((u * T).long().clamp(max=T - 1) + 1)                  # in float32 u can become 1
+    k = torch.arange(len(t), device=t.device)
+    return 1 + (k * T + t - 1) // len(t)
 
 
 def lr_scale(step: int, config: Config) -> float:
-    """What the learning rates are multiplied by: a straight rise to 1 during the warm-up, times,
-    with `decay`, a straight fall from 1 at the first step to 1/steps at the last.
+    """min(1, step/warmup) · (1 − (step − 1)/steps), the second factor only with `decay`.
+
+    >>> [lr_scale(step, Config(steps=4, warmup=2)) for step in (1, 2, 3, 4)]
+    [0.5, 0.75, 0.5, 0.25]
     """
-    rise = min(1.0, step / config.warmup)
-    fall = 1 - (step - 1) / config.steps if config.decay else 1.0
-    return rise * fall
+    rise, fall = min(1.0, step / config.warmup), 1 - (step - 1) / config.steps
+    return rise * fall if config.decay else rise
 
 
-def optimizer_step(optimizers: list[torch.optim.Optimizer], scale: float):
-    """A step of each optimizer, its learning rate scaled."""
+def set_rates(optimizers: list[torch.optim.Optimizer], scale: float):
+    """Each optimizer's learning rate is the one that it began with, times scale."""
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * scale
-        optimizer.step()
 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, net: nn.Module, step: int, decay: float):
     """θ_ema ← d θ_ema + (1 − d) θ,  d = min(decay, (1 + step)/(10 + step))
 
-    At first this averages about the latest tenth of the steps, with a decay of 0.999 up to step
-    9,000.
+    The second bound keeps the average young: it spans about the latest tenth of the steps, until d
+    reaches `decay` (0.999 after 8,990 steps).  With 0.999 from the first step on it would hold the
+    random weights that the network began with for thousands of steps.
     """
     d = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_([*ema.parameters()], [*net.parameters()], 1 - d)
+    for average, weight in zip(ema.parameters(), net.parameters()):
+        average.lerp_(weight, 1 - d)
 
 
 def batches(images: np.ndarray, labels: np.ndarray | None, config: Config,
             device: torch.device) -> Callable:
     """next_batch(step) → x_0 ~ q(x_0), (B, C, H, W) in [-1, 1], and labels (B,) or None.
 
-    The images are those that are not held out.  With probability p_uncond the label num_classes,
-    for "no label", takes the place of an image's own.
+    The images are those that are not held out; of several processes each draws its own.  With
+    probability p_uncond the label num_classes, for "no label", takes the place of an image's own.
     """
-    training, _ = split(len(images))
-    to = dict(device=device, non_blocking=device.type == "cuda")  # MPS would read it too late
+    training, _ = data.split(len(images))
+    rank, world = devices.processes()
+    share, async_copy = config.batch // world, device.type == "cuda"   # MPS would read it too late
 
     def next_batch(step):
-        rng = torch.Generator().manual_seed(seed_from("data", config.seed, step))     # on the host
-        chosen = shared(torch.randint(len(training), (config.batch,), generator=rng))
-        flip = shared(torch.rand(config.batch, generator=rng)) < 0.5
-        drop = shared(torch.rand(config.batch, generator=rng)) < config.p_uncond
-        rows = training[chosen.numpy()]
-        x0 = to_batch(torch.from_numpy(images[rows]).to(**to))
+        seed = devices.seed_from("data", config.seed, step, rank)
+        rng = torch.Generator().manual_seed(seed)                                     # on the host
+        rows = training[torch.randint(len(training), (share,), generator=rng).numpy()]
+        mirrored = torch.rand(share, generator=rng) < 0.5
+        dropped = torch.rand(share, generator=rng) < config.p_uncond
+        pixels = torch.from_numpy(images[rows])
         if config.flip:
-            x0 = torch.where(flip.to(**to)[:, None, None, None], x0.flip(3), x0)
+            pixels = torch.where(mirrored[:, None, None, None], pixels.flip(2), pixels)
+        x0 = data.to_batch(pixels.to(device, non_blocking=async_copy))
         if labels is None:
             return x0, None
-        return x0, torch.where(drop, config.num_classes, torch.from_numpy(labels[rows])).to(**to)
+        label = torch.where(dropped, config.num_classes, torch.from_numpy(labels[rows]))
+        return x0, label.to(device, non_blocking=async_copy)
     return next_batch
 
 
 # ── The training run ──────────────────────────────────────────────────────────────────────────────
 
+def on_device(schedule: Schedule, device) -> Schedule:
+    """The float64 tables of ddpm.py, cast to float32 once, where each image looks up its own t."""
+    return Schedule(*(torch.tensor(table).to(torch.float32).to(device) for table in schedule))
+
+
 def predictor(run: Run, compile: bool) -> Callable:
     """eps_theta(x_t, t, label): the run's network; DDP averages the gradients of all processes."""
     net, config = run.net, run.config
-    if processes()[1] > 1:
-        net = nn.parallel.DistributedDataParallel(net)
+    world = devices.processes()[1]
+    if world > 1:
+        launch = nn.parallel.DistributedDataParallel(net)
     elif not compile:
-        net = graphed(net, run.device, config.batch, config, labelled=config.num_classes > 0)
-    net = torch.compile(net) if compile else net
+        launch = devices.graphed(net, run.device, config.batch, config, config.num_classes > 0)
+    launch = torch.compile(launch if world > 1 else net) if compile else launch
 
     def eps_theta(x_t, t, label):
-        with autocast(run.device, config.float32):
-            return net(x_t, t) if label is None else net(x_t, t, label)
+        with devices.autocast(run.device, config.float32):
+            return launch(x_t, t) if label is None else launch(x_t, t, label)
     return eps_theta
 
 
 def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
           compile: bool = False) -> int:
     """Take steps until all are done, or a signal asks to stop; returns that signal, or 0."""
-    config, (rank, world), signals, losses = run.config, processes(), [], []
-    on_stop(signals.append)                                  # noted here, and acted on after a step
-    progress = Progress(config.steps, run.step, config.batch)
+    config, losses, report = run.config, [], reporter(run)
     # five times in all, but at least every 5,000 steps, and always with a new entry of the log
     save_every = LOG_EVERY * max(1, min(config.steps // 5, 5000) // LOG_EVERY)
     schedule = on_device(schedule_from(config), run.device)
@@ -152,89 +160,95 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
         done = run.step == config.steps
         if run.step % LOG_EVERY and not done:
             continue
-        mean = over_all(torch.stack(losses).mean(), run.device).item() / world
-        if not np.isfinite(mean):
-            raise ValueError(f"the loss is {mean} at step {run.step}: a smaller --lr or --muon-lr "
-                             "may help")
-        run.log.append((run.step, mean))
-        losses.clear()
-        try:
-            progress(run.step, f"step {run.step} of {config.steps} · loss {mean:.4f}")
-        except OSError:                  # stdout is closed, as by `| head`: a stop like Ctrl-C
-            signals.append(SIGPIPE)
-        # a signal to one process stops all, at the same step
-        stop = 0 if done else int(over_all(max(signals, default=0), run.device, largest=True))
+        stop = report(losses)
+        losses = []
         if done or stop or run.step % save_every == 0:
             run.save(folder)
-            if rank == 0 and not stop:
-                draw_samples(run, folder / f"step-{run.step:06}.png")
+            if done or not stop:
+                draw_samples(run, folder)
         if done or stop:
-            return stop
+            return 0 if done else stop
 
 
-def draw_samples(run: Run, path: Path):
+def reporter(run: Run) -> Callable:
+    """report(losses): their mean, of all processes, into the log and one line; returns the signal
+    that asks this process, or another, to stop, or 0.
+    """
+    world, device, signals = devices.processes()[1], run.device, []
+    console.on_stop(signals.append)                          # noted here, and acted on after a step
+    progress = console.Progress(run.config.steps, run.step, run.config.batch)
+
+    def report(losses):
+        loss = devices.over_all(torch.stack(losses).mean(), device).item() / world
+        if not np.isfinite(loss):
+            raise ValueError(f"the loss is {loss} at step {run.step}: a smaller --lr or --muon-lr "
+                             "may help")
+        run.log.append((run.step, loss))
+        try:
+            progress(run.step, f"step {run.step} of {run.config.steps} · loss {loss:.4f}")
+        except OSError:                  # stdout is closed, as by `| head`: a stop like Ctrl-C
+            signals.append(console.SIGPIPE)
+        return int(devices.over_all(max(signals, default=0), device, largest=True))
+    return report
+
+
+def draw_samples(run: Run, folder: Path):
     """100 images, drawn with the average of the weights in 10 steps of dpm; labels in order."""
-    config, classes = run.config, run.config.num_classes
-    sampling = Sampling("dpm", steps=10, batch=config.batch // processes()[1])
-    label = np.arange(100) * classes // 100 if classes else None
-    write_png(path, image_grid(draw_images(run.ema, config, sampling, label)[-1], columns=10))
+    rank, world = devices.processes()
+    if rank == 0:
+        config, classes = run.config, run.config.num_classes
+        sampling = Sampling("dpm", steps=10, batch=config.batch // world)
+        label = np.arange(100) * classes // 100 if classes else None
+        sheet = pictures.image_grid(draw_images(run.ema, config, sampling, label)[-1], columns=10)
+        pictures.write_png(folder / f"step-{run.step:06}.png", sheet)
 
 
 def announce(run: Run, images: np.ndarray, labels: np.ndarray | None):
     """What is about to happen, and what loss to expect."""
     config, schedule = run.config, schedule_from(run.config)
-    training, held_out = split(len(images))
+    training, held_out = data.split(len(images))
     some = images[training[:100]]
-    l_T = posterior.bits_per_dim(posterior.L_T(to_pixels(some), schedule))
+    l_T = posterior.bits_per_dim(posterior.L_T(data.to_pixels(some), schedule))
     verdict = "x_T is noise" if l_T < 0.01 else (
         "x_T IS NOT YET NOISE: take more steps, or larger betas")
-    least, known = least_loss(images, labels, config)
-    world = processes()[1]
-    print(f"device    {run.device}, {precision(run.device, config.float32)}"
+    least, known = evaluate.least_loss(images, labels, config)
+    world = devices.processes()[1]
+    print(f"device    {run.device}, {devices.precision(run.device, config.float32)}"
           f"{f', {world} processes' if world > 1 else ''}")
     print(f"images    {len(training)} of {'x'.join(map(str, images.shape[1:]))} to train on, "
           f"{len(held_out)} held out, {config.num_classes or 'no'} labels, "
           f"pixels {some.min()} .. {some.max()}")
     for c in set(range(config.num_classes)) - set([] if labels is None else labels[training]):
         print(f"          label {c} has no image to train on: all of its images are held out")
-    print(f"network   {parameters(run.net):,} parameters")
+    print(f"network   {sum(p.numel() for p in run.net.parameters()):,} parameters")
     print(f"schedule  {config.schedule}, T = {schedule.T}: L_T = {l_T:.3g} bits/dim ({verdict})")
     print(f"loss      1 for a network that predicts no noise; {least:.4f}, the least there is for "
           f"{known} of\n          these images, for one that draws nothing but copies of them\n")
 
 
-def arguments() -> ArgumentParser:
-    parser = options("Train a denoising diffusion model; by default, on digits.", Config)
-    parser.add_argument("--preset", choices=PRESETS, help="the settings to begin with: digits "
-                        "(the default), or cifar10, the paper's")
-    parser.add_argument("--out", help="folder for checkpoint and pictures (out)")
-    parser.add_argument("--resume", action=BooleanOptionalAction,
-                        help="continue the run whose checkpoint is in --out, exactly")
-    parser.add_argument("--device", help="cuda, mps or cpu; by default the best one here")
-    parser.add_argument("--deterministic", action=BooleanOptionalAction,
-                        help="bit for bit repeatable on a GPU too; slower")
-    parser.add_argument("--compile", action=BooleanOptionalAction,
-                        help="use torch.compile: slow to start, then faster")
-    return parser
+def arguments():
+    return options("Train a denoising diffusion model; by default, on digits.", Training, Config)
 
 
 def main():
-    named = tuples(vars(arguments().parse_args()))
-    out, resume = Path(named.pop("out", "out")), named.pop("resume", False)
-    compile, deterministic = (named.pop(name, False) for name in ("compile", "deterministic"))
-    device = start_processes(named.pop("device", None), deterministic)
-    run, images, labels = open_run(out, device, named, resume)
+    how, settings = named(arguments(), Training, Config)
+    asked = Training(**how)
+    out = Path(asked.out)
+    device = devices.start_processes(asked.device, asked.deterministic)
+    if "preset" in how:
+        settings["preset"] = asked.preset
+    run, images, labels = open_run(out, device, settings, asked.resume)
     with lock(out):
         announce(run, images, labels)
-        stopped = train(run, images, labels, out, compile)
+        stopped = train(run, images, labels, out, asked.compile)
     if stopped:
         print(f"\nstopped and saved at step {run.step}; "
-              f"to resume: python train.py --resume --out {quote(str(out))}")
+              f"to resume: python train.py --resume --out {console.quoted(out)}")
         raise SystemExit(128 + stopped)
     print(f"\ndrawn: {out}/step-{run.step:06}.png\n"
-          f"beside it: {CHECKPOINT}, {NETWORK}, log.csv\n"
-          f"next: python sample.py --weights {quote(str(out / CHECKPOINT))}")
+          "beside it: checkpoint.safetensors, network.safetensors, log.csv\n"
+          f"next: python sample.py --weights {console.quoted(out / 'checkpoint.safetensors')}")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    console.run_script(main)

@@ -9,29 +9,38 @@ predicts the noise in it.  The file needs PyTorch alone, so it can be copied int
                                    └─ block ─ … middle … ─ block ┘
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def size(default, meaning: str = "", low=None, high=None):
+    """A field of Architecture, with what it means and the range of its values."""
+    return field(default=default, metadata=dict(help=meaning, low=low, high=high, choices=None))
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of a U-Net; by default, of the paper's for CIFAR10              Ho appendix B
+    """The sizes of a U-Net; by default, of the small one that train.py trains on digits."""
 
-    Any object with these names does as well.
-    """
+    model_channels: int = size(16, "channels of the network's first level", 4, 4096)
+    channel_mult: tuple[int, ...] = size((1, 2), "channels of each level, times these", 1, 64)
+    num_res_blocks: int = size(1, "residual blocks per level, one more on the way up", 1, 16)
+    attention_resolutions: tuple[int, ...] = size(
+        (0,), "heights of the levels with attention; 0: only the middle has it", 0, 8192)
+    dropout: float = size(0.0, "share of activations dropped in training", 0.0, 0.99)
+    num_groups: int = size(1, "groups of each GroupNorm", 1, 4096)
+    patch_size: int = size(2, "side of the pixel squares that become one; 1 is the paper", 1, 64)
+    image_shape: tuple[int, ...] = size((1, 28, 28), low=1, high=8192)       # channels first
+    num_classes: int = size(0, low=0, high=10**4)     # one more label, num_classes, means "none"
 
-    image_shape: tuple[int, ...] = (3, 32, 32)     # channels, height, width
-    model_channels: int = 128                      # channels of the first level
-    channel_mult: tuple[int, ...] = (1, 2, 2, 2)   # the channels of each level, in multiples of it
-    num_res_blocks: int = 2                        # per level, and one more on the way up
-    attention_resolutions: tuple[int, ...] = (16,)     # heights of the levels that have attention
-    dropout: float = 0.1
-    num_groups: int = 32                           # of each GroupNorm
-    patch_size: int = 1            # squares of so many pixels become one, which saves time
-    num_classes: int = 0           # labels; one more, num_classes, stands for "no label"
+
+# The paper's network for CIFAR10: Ho appendix B
+PAPER = Architecture(model_channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2,
+                     attention_resolutions=(16,), dropout=0.1, num_groups=32, patch_size=1,
+                     image_shape=(3, 32, 32))
 
 
 def time_embedding(t: Tensor, width: int) -> Tensor:
@@ -49,7 +58,9 @@ def time_embedding(t: Tensor, width: int) -> Tensor:
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm in the type of its input; its sums are in float32 even so."""
+    """GroupNorm whose result has the type of its input: bfloat16 stays bfloat16, as PyTorch alone
+    would not keep it.  Its mean and variance are computed in float32 all the same.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
@@ -142,7 +153,7 @@ class UNet(nn.Module):
 
     x_t: (B, C, H, W) in [-1, 1] plus noise;  t: (B,), in 1..T;  label: (B,), in 0..num_classes, or
     None for no label → the noise (B, C, H, W).  Raises ValueError for sizes that do not fit.
-    >>> net = UNet(Architecture((1, 8, 8), 8, (1, 2), num_groups=4))
+    >>> net = UNet(Architecture(model_channels=8, image_shape=(1, 8, 8)))
     >>> net(torch.ones(1, 1, 8, 8), torch.tensor([1])).abs().sum().item()     # untrained: no noise
     0.0
     """
@@ -159,8 +170,9 @@ class UNet(nn.Module):
             raise ValueError(f"this network cannot halve images of {height}x{width}: "
                              f"both sides must be multiples of {factor}")
         c, c_time, c_image = a.model_channels, 4 * a.model_channels, channels * a.patch_size ** 2
-        self.time = nn.Sequential(nn.Linear(c, c_time), nn.SiLU(), nn.Linear(c_time, c_time))
-        self.label = nn.Parameter(torch.empty(a.num_classes + 1, c_time)) if a.num_classes else None
+        self.time_mlp = nn.Sequential(nn.Linear(c, c_time), nn.SiLU(), nn.Linear(c_time, c_time))
+        self.label_table = (nn.Parameter(torch.empty(a.num_classes + 1, c_time))
+                            if a.num_classes else None)
         self.conv_in = nn.Conv2d(c_image, c, 3, padding=1)
         self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         self.add_levels(height // a.patch_size, c_time)
@@ -169,28 +181,37 @@ class UNet(nn.Module):
         self.initialise()
 
     def add_levels(self, height: int, c_time: int):
-        """Down, halving between the levels; the middle; up again, with a skip for each block."""
-        a, c = self.architecture, self.architecture.model_channels
-        skips, levels = [c], list(enumerate(c * mult for mult in a.channel_mult))
+        """Down, halving between the levels; the middle; up again, with a skip for each block.
+
+        With levels of c, 2c channels and one block each, (channels in → out) x height:
+            down    block (c → c) x h,   halve (c) x h/2,   block (c → 2c) x h/2
+            middle  block (2c → 2c) x h/2, twice
+            up      block (2c + 2c → 2c), block (2c + c → 2c) x h/2,   double (2c) x h,
+                    block (2c + c → c), block (c + c → c) x h
+        """
+        a = self.architecture
+        widths = [a.model_channels * mult for mult in a.channel_mult]
+        attended = [height >> level in a.attention_resolutions for level in range(len(widths))]
+        width, skips = a.model_channels, [a.model_channels]      # of h so far; of what is kept
 
         def block(c_in, c_out, attention):
             return Block(c_in, c_out, c_time, a.num_groups, a.dropout, attention)
-        for level, c_level in levels:
+        for level, c_out in enumerate(widths):
             if level > 0:
-                self.down.append(Downsample(c))
-                skips.append(c)
+                self.down.append(Downsample(width))
+                skips.append(width)
             for _ in range(a.num_res_blocks):
-                self.down.append(block(c, c_level, height >> level in a.attention_resolutions))
-                c = c_level
-                skips.append(c)
-        self.middle.extend([block(c, c, attention=True), block(c, c, attention=False)])
-        for level, c_level in reversed(levels):
+                self.down.append(block(width, c_out, attended[level]))
+                width = c_out
+                skips.append(width)
+        self.middle.extend([block(width, width, attention=True),
+                            block(width, width, attention=False)])
+        for level, c_out in reversed(list(enumerate(widths))):
             for _ in range(a.num_res_blocks + 1):
-                self.up.append(block(c + skips.pop(), c_level,
-                                     height >> level in a.attention_resolutions))
-                c = c_level
+                self.up.append(block(width + skips.pop(), c_out, attended[level]))
+                width = c_out
             if level > 0:
-                self.up.append(Upsample(c))
+                self.up.append(Upsample(width))
 
     def initialise(self):
         """As the paper's authors: variance 1/fan_avg, and each residual branch begins as zero."""
@@ -199,8 +220,8 @@ class UNet(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.conv_out.weight)
-        if self.label is not None:
-            nn.init.uniform_(self.label, -math.sqrt(3), math.sqrt(3))                # variance 1
+        if self.label_table is not None:
+            nn.init.uniform_(self.label_table, -math.sqrt(3), math.sqrt(3))          # variance 1
         for module in self.modules():
             if isinstance(module, Block):
                 nn.init.zeros_(module.conv2.weight)
@@ -210,27 +231,27 @@ class UNet(nn.Module):
                     nn.init.xavier_uniform_(weight)
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        temb = self.time(time_embedding(t, self.architecture.model_channels))
-        if self.label is not None:
-            label = torch.full_like(t, len(self.label) - 1) if label is None else label
-            temb = temb + F.embedding(label, self.label)
+        temb = self.time_mlp(time_embedding(t, self.architecture.model_channels))   # (B, 4c)
+        if self.label_table is not None:
+            none = torch.full_like(t, self.architecture.num_classes)
+            temb = temb + F.embedding(none if label is None else label, self.label_table)
 
         # Convolutions are fastest in the channels-last layout, and what follows keeps it.
         patch = self.architecture.patch_size
         h = F.pixel_unshuffle(x_t, patch).contiguous(memory_format=torch.channels_last)
-        h = self.conv_in(h)
+        h = self.conv_in(h)                                    # (B, c, H/patch, W/patch)
         skips = [h]
-        for layer in self.down:
-            h = layer(h, temb)
+        for layer in self.down:                                # level l ends with (B, c·mult_l,
+            h = layer(h, temb)                                 #   H/patch/2^l, W/patch/2^l)
             skips.append(h)
-        for layer in self.middle:
+        for layer in self.middle:                              # the last level's shape stays
             h = layer(h, temb)
-        for layer in self.up:
-            if isinstance(layer, Block):
+        for layer in self.up:                                  # each block takes the latest skip:
+            if isinstance(layer, Block):                       #   (B, c_h + c_skip, …) → (B, c, …)
                 h = torch.cat([h, skips.pop()], dim=1)
             h = layer(h, temb)
-        h = self.conv_out(F.silu(self.norm_out(h)))
-        return F.pixel_shuffle(h, patch).float()
+        h = self.conv_out(F.silu(self.norm_out(h)))            # (B, C·patch², H/patch, W/patch)
+        return F.pixel_shuffle(h, patch).float()               # (B, C, H, W)
 
 
 def parameters(net: nn.Module) -> int:
@@ -238,14 +259,12 @@ def parameters(net: nn.Module) -> int:
 
 
 def main():
-    digits = Architecture((1, 28, 28), 16, (1, 2), num_res_blocks=1, attention_resolutions=(0,),
-                          dropout=0.0, num_groups=1, patch_size=2, num_classes=10)
-    for name, net in (("train.py's default network", UNet(digits)),
-                      ("the paper's for CIFAR10, which it says has 35.7 million,", UNet())):
+    digits = Architecture(num_classes=10)
+    for name, architecture in (("train.py's default network", digits),
+                               ("the paper's for CIFAR10, which it says has 35.7 million,", PAPER)):
+        net = UNet(architecture)
         print(f"{net}\n\n{name} has {parameters(net):,} parameters\n")
 
 
 if __name__ == "__main__":
-    from support.console import run_script
-
-    run_script(main, __doc__)
+    main()

@@ -7,7 +7,8 @@ from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from unet import Architecture
+from ddpm import Schedule, cosine, linear
+from unet import PAPER, Architecture
 
 
 def setting(default, help="", low=None, high=None, choices=None):
@@ -43,8 +44,11 @@ def check(settings):
 
 
 @dataclass(frozen=True)
-class Config:
-    """All that decides what a training run computes.  The defaults draw digits in minutes."""
+class Config(Architecture):
+    """All that decides what a training run computes, the network's sizes with it.
+
+    The defaults, found by measurement, draw digits after minutes on two cores.
+    """
 
     data: str | None = setting(None, "images: an .npz, .npy or IDX file (the digits in assets/)")
     labels: bool = setting(True, "learn the images' labels too, if they have any")
@@ -58,6 +62,8 @@ class Config:
     beta2: float = setting(0.99, "Adam's second beta", 0.0, 0.999999)
     grad_clip: float = setting(1.0, "largest norm of the gradient", 1e-9, 1e9)
     ema_decay: float = setting(0.999, "decay of the weights' moving average", 0.0, 1.0)
+    stratified: bool = setting(True, "draw one t from each of as many equal parts of 1 .. T as there "
+                               "are images; the paper draws each t alone")
     p_uncond: float = setting(0.1, "share of the images whose label is dropped", 0.0, 1.0)
     seed: int = setting(0, "of the weights, of the images' order and of the noise", 0, 2**62)
     float32: bool = setting(False, "compute in float32 even where bfloat16 is faster")
@@ -67,18 +73,7 @@ class Config:
     beta_1: float = setting(1e-4, "first beta of the linear schedule", 1e-9, 0.9999)
     beta_T: float = setting(0.02, "last beta of the linear schedule", 1e-9, 0.9999)
 
-    model_channels: int = setting(16, "channels of the network's first level", 4, 4096)
-    channel_mult: tuple[int, ...] = setting((1, 2), "channels of each level, times these", 1, 64)
-    num_res_blocks: int = setting(1, "residual blocks per level", 1, 16)
-    attention_resolutions: tuple[int, ...] = setting(
-        (0,), "heights of the levels with attention; 0: only the middle has it", 0, 8192)
-    dropout: float = setting(0.0, "share of activations dropped in training", 0.0, 0.99)
-    num_groups: int = setting(1, "groups of each GroupNorm", 1, 4096)
-    patch_size: int = setting(2, "side of the pixel squares that become one; 1 is the paper", 1, 64)
-
-    image_shape: tuple[int, ...] = setting((1, 28, 28), low=1, high=8192)      # channels first
-    num_classes: int = setting(0, low=0, high=10**4)
-    fingerprint: str = setting("none")                                         # of the data
+    fingerprint: str = setting("none")                       # of the data
 
     def __post_init__(self):
         check(self)
@@ -87,12 +82,34 @@ class Config:
 
 
 PRESETS = {
-    "digits": Config(),           # found by measurement: the best digits after minutes on two cores
-    # Ho et al. (2020), appendix B, and their code
+    "digits": Config(),
+    # Ho et al. (2020), section 4 and appendix B, and their code
     "cifar10": Config(
         labels=False, flip=True, steps=800_000, batch=128, lr=2e-4, muon_lr=0.0, warmup=5000,
-        decay=False, beta2=0.999, ema_decay=0.9999, **asdict(Architecture())),
+        decay=False, beta2=0.999, ema_decay=0.9999, stratified=False, **asdict(PAPER)),
 }
+
+
+def schedule_from(config: Config) -> Schedule:
+    """The schedule that the settings name, in float64."""
+    return (cosine(config.T) if config.schedule == "cosine"
+            else linear(config.T, config.beta_1, config.beta_T))
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is asked of one call of train.py, beside what the run computes."""
+
+    preset: str = setting("digits", "the settings to begin with; cifar10 is the paper's",
+                          choices=tuple(PRESETS))
+    out: str = setting("out", "folder for checkpoint and pictures")
+    resume: bool = setting(False, "continue the run whose checkpoint is in --out, exactly")
+    device: str | None = setting(None, "cuda, mps or cpu; by default the best one here")
+    deterministic: bool = setting(False, "bit for bit repeatable on a GPU too; slower")
+    compile: bool = setting(False, "use torch.compile: slow to start, then faster")
+
+
+KEEP = ("left", "right", "top", "bottom", "centre", "coarse")
 
 
 @dataclass(frozen=True)
@@ -102,33 +119,38 @@ class Sampling:
     sampler: str = setting("ddpm", "ddpm: Algorithm 2; ddim: deterministic with --eta 0; dpm: for "
                            "few steps", choices=("ddpm", "ddim", "dpm"))
     steps: int = setting(1000, "sampling steps, at most T", 1, 10**6)
-    variance: str = setting("beta", "sigma_t^2 of ddpm", choices=("beta", "beta_tilde"))
+    sigma2: str = setting("beta", "sigma_t^2 of ddpm", choices=("beta", "beta_tilde"))
     eta: float = setting(1.0, "noise that ddim and dpm add: 0 none, 1 that of beta_tilde", 0.0, 1.0)
     clip: bool = setting(True, "keep the predicted x0 in [-1, 1]")
     guidance: float = setting(1.0, "0 ignores the label, 1 follows it, more exaggerates it", 0.0,
                               100.0)
     label: str = setting("each", "a class; none; or each: all classes in turn, a column for each "
-                         "(with --keep: none)")
-    keep: str | None = setting(None, "keep a part of held-out images, complete each in four ways",
-                               choices=("left", "right", "top", "bottom", "centre", "coarse"))
+                         "(with --keep or --start: none)")
+    start: int = setting(0, "take held-out images, noised to this t, back in four ways each; 0: draw "
+                         "from noise alone", 0, 10**6)
+    keep: str | None = setting(None, "keep a part of held-out images, complete each in four ways: "
+                               f"{', '.join(KEEP)}; or a mask.npy, 1 where the image is kept")
     resample: int = setting(1, "with --keep: how often each step is taken", 1, 1000)
-    n: int = setting(100, "how many images; with --keep, how many to complete", 1, 10**6)
+    n: int = setting(100, "how many images; with --keep or --start, how many held-out ones", 1, 10**6)
     batch: int = setting(100, "images at a time: fewer need less memory", 1, 10**5)
     weights: str | None = setting(None, "a network, a checkpoint or a published network's folder; "
                                   "by default out/checkpoint.safetensors, else the one that ships")
     out: str = setting("out/samples.png", ".png: a grid of the images; .npz: the arrays")
     animate: bool = setting(False, "every x_t from x_T to x_0, in an animated PNG")
-    data: str | None = setting(None, "with --keep: where the held-out images are from (training)")
+    data: str | None = setting(None, "with --keep or --start: where the images are from (training)")
     device: str | None = setting(None, "cuda, mps or cpu; by default the best one here")
     seed: int = setting(0, "of the noise", 0, 2**62)
 
     def __post_init__(self):
         check(self)
         for wrong, reason in (
-                (self.variance != "beta" and self.sampler != "ddpm",
-                 "--variance belongs to --sampler ddpm"),
+                (self.sigma2 != "beta" and self.sampler != "ddpm",
+                 "--sigma2 belongs to --sampler ddpm"),
                 (self.eta != 1 and self.sampler == "ddpm", "--eta belongs to ddim and dpm"),
                 (self.resample > 1 and not self.keep, "--resample belongs to --keep"),
+                (self.keep and self.start, "--keep and --start: name one of them"),
+                (self.keep and self.keep not in KEEP and not self.keep.endswith(".npy"),
+                 f"--keep must be one of {', '.join(KEEP)}, or an .npy file, not {self.keep!r}"),
                 (self.keep and self.sampler == "dpm",       # its x0_prev would be of another image
                  "--keep works with --sampler ddpm or ddim"),
                 (Path(self.out).suffix not in (".png", ".npz"),
@@ -137,11 +159,12 @@ class Sampling:
                 raise ValueError(reason)
 
 
-def options(description: str, settings: type, *names: str) -> ArgumentParser:
+def options(description: str, *settings: type, names: tuple = ()) -> ArgumentParser:
     """An option for each setting that has help, or for those named; the help shows its default."""
     parser = ArgumentParser(description=description, usage="%(prog)s [options]",
                             argument_default=SUPPRESS)      # only what was named is in the result
-    for rule in fields(settings):
+    own = [rule for each in settings for rule in fields(each)]
+    for rule in sorted(own, key=lambda rule: rule.name in Architecture.__dataclass_fields__):
         if not rule.metadata["help"] or names and rule.name not in names:
             continue
         shown, how = rule.default, dict(type=kind(rule.default), choices=rule.metadata["choices"])
@@ -152,6 +175,13 @@ def options(description: str, settings: type, *names: str) -> ArgumentParser:
         parser.add_argument(flag(rule.name), **how, help=rule.metadata["help"] + (
             f" ({shown})" if shown is not None else ""))
     return parser
+
+
+def named(parser: ArgumentParser, *settings: type) -> list[dict]:
+    """What the command line names of each class of settings."""
+    values = tuples(vars(parser.parse_args()))
+    return [{name: values[name] for name in values if name in each.__dataclass_fields__}
+            for each in settings]
 
 
 def tuples(values: dict) -> dict:

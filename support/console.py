@@ -28,6 +28,11 @@ def on_stop(handle: Callable):
             signal.signal(number, first)
 
 
+def quoted(path: Path) -> str:
+    """The path as an argument of a command, for any shell."""
+    return f'"{path}"' if " " in str(path) else str(path)
+
+
 def refuse(message: object):
     """One line on stderr, and the end with status 2."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)

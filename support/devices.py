@@ -102,15 +102,3 @@ def over_all(value, device: torch.device, largest: bool = False) -> Tensor:
 def seed_from(use: str, *key: int) -> int:
     """A seed for one use of random numbers, unlike those for other uses and for other keys."""
     return int(np.random.SeedSequence((*use.encode(), *key)).generate_state(1)[0])
-
-
-def shared(whole: Tensor) -> Tensor:
-    """This process's part of a batch that every process has drawn whole: together they are one."""
-    rank, world = processes()
-    return whole[rank::world]
-
-
-def standard_normal(shape, rng: torch.Generator) -> Tensor:
-    """ε ~ N(0, I), of this shape: what this process takes of the whole batch's noise."""
-    count, *image = shape
-    return shared(torch.randn(count * processes()[1], *image, generator=rng, device=rng.device))

@@ -1,5 +1,6 @@
-"""What a drawing begins with: the noise and the label of each image, and what is kept of it."""
+"""What a drawing begins with: the label of each image, and what is kept of it."""
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -7,22 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from support.config import Sampling
+from support.data import read_numpy
 
 QUARTERS = {"left": (0, 4, 0, 2), "right": (0, 4, 2, 4), "top": (0, 2, 0, 4),
             "bottom": (2, 4, 0, 4), "centre": (1, 3, 1, 3)}        # rows from, to; columns from, to
-
-
-def image_noise(seed: int, indices: range, shape: tuple, device) -> Callable[[], Tensor]:
-    """noise() → z ~ N(0, I), (len(indices), *shape).
-
-    Each image has a stream of its own: its noise is the same in any batch and on any device.
-    """
-    streams = [np.random.default_rng((seed, i)) for i in indices]
-
-    def noise():
-        z = np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
-        return torch.from_numpy(z).to(device)
-    return noise
 
 
 def labels_for(sampling: Sampling, num_classes: int) -> np.ndarray | None:
@@ -30,7 +19,9 @@ def labels_for(sampling: Sampling, num_classes: int) -> np.ndarray | None:
 
     Raises ValueError for a label that the network does not know.
     """
-    label = "none" if sampling.label == "each" and sampling.keep else sampling.label
+    label = sampling.label
+    if label == "each" and (sampling.keep or sampling.start):
+        label = "none"
     if not num_classes:
         if label not in ("each", "none") or sampling.guidance != 1:
             raise ValueError("this network knows no labels: leave --label and --guidance out")
@@ -43,14 +34,21 @@ def labels_for(sampling: Sampling, num_classes: int) -> np.ndarray | None:
 
 
 def projection(keep: str, height: int, width: int) -> Callable[[Tensor], Tensor]:
-    """P, with P P = P: a half or the centre (inpainting, outpainting), or "coarse", the means over
-    4 x 4 pixels (super-resolution).
+    """P, with P P = P: a half or the centre (inpainting, outpainting), "coarse", the means over 4 x 4
+    pixels (super-resolution), or where the array in the file `keep` is 1.
     """
     if keep == "coarse":
         if height % 4 or width % 4:
             raise ValueError("--keep coarse needs images whose sides are multiples of 4")
         return lambda x: F.interpolate(F.avg_pool2d(x, 4), scale_factor=4)
-    top, bottom, left, right = QUARTERS[keep]
     mask = torch.zeros(height, width)
-    mask[height * top // 4:height * bottom // 4, width * left // 4:width * right // 4] = 1
+    if keep in QUARTERS:
+        top, bottom, left, right = QUARTERS[keep]
+        mask[height * top // 4:height * bottom // 4, width * left // 4:width * right // 4] = 1
+    else:
+        found, _ = read_numpy(Path(keep))
+        if found.shape != (height, width) or not np.isin(found, (0, 1)).all():
+            raise ValueError(f"{keep} must be an array of {height} x {width} zeros and ones, 1 where "
+                             f"the image is kept, not {found.dtype} {found.shape}")
+        mask += torch.from_numpy(found.astype(np.float32))
     return lambda x: mask.to(x) * x

@@ -36,7 +36,7 @@ def orthogonal(matrices: list[Tensor]) -> list[Tensor]:
     for rows in {len(x) for x in wide}:
         alike = [i for i, x in enumerate(wide) if len(x) == rows]
         s = torch.stack([wide[i] @ wide[i].mT for i in alike])
-        one = product = torch.eye(rows).to(s)
+        one = product = torch.eye(rows, device=s.device, dtype=s.dtype)
         for _ in range(5):
             p = 3.4445 * one - 4.7750 * s + 2.0315 * s @ s
             s, product = p @ s @ p, p @ product

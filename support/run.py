@@ -36,11 +36,12 @@ class Run:
         self.step, self.log = 0, []         # (step, mean loss of the steps since the last entry)
 
     def rng(self, step: int) -> torch.Generator:
-        """The random numbers of one step.  They follow from the seed and the step alone, dropout's
-        too, so a run that goes on needs no state of them.
+        """The random numbers of one step.  They follow from the seed, the step and the process alone,
+        dropout's too, so a run that goes on needs no state of them.
         """
-        torch.manual_seed(seed_from("dropout", self.config.seed, step, processes()[0]))
-        return torch.Generator(self.device).manual_seed(seed_from("noise", self.config.seed, step))
+        key = self.config.seed, step, processes()[0]
+        torch.manual_seed(seed_from("dropout", *key))
+        return torch.Generator(self.device).manual_seed(seed_from("noise", *key))
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint holds, the live tensors themselves, under flat names."""

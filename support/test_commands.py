@@ -4,6 +4,7 @@ With betas of 1e-6 an x_t tells its x_0 exactly, and what is left of it is ε.
 """
 import functools
 import platform
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -18,6 +19,7 @@ import ddpm
 import evaluate
 import posterior
 import sample
+import support.weights
 import train
 import unet
 from support import console, devices
@@ -28,6 +30,7 @@ from support.test_weights import network, saved
 from support.weights import config_from, load_network, read_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ROOT / "assets/digits.safetensors"
 CLEAR = ["--T", 4, "--beta-1", 1e-6, "--beta-T", 1e-6]       # so little noise that x_0 can be read
 SMALL = ["--model-channels", 8, "--device", "cpu"]
 
@@ -54,7 +57,8 @@ def test_the_network_that_is_printed_is_the_one_that_is_trained(monkeypatch, cap
     made, build = [], unet.UNet
     monkeypatch.setattr(unet, "UNet", lambda *args: made.append(args) or build(*args))
     unet.main()
-    assert made[1] == () and asdict(made[0][0]).items() <= asdict(Config(num_classes=10)).items()
+    assert made[1] == (unet.PAPER,)
+    assert asdict(made[0][0]).items() <= asdict(Config(num_classes=10)).items()
 
 
 # ── Training ──────────────────────────────────────────────────────────────────────────────────────
@@ -211,7 +215,7 @@ def test_the_seed_reaches_weights_images_and_noise(coloured, call, watched):
     for other, equal in ((1, True), (2, False)):
         assert torch.equal(firsts[0].x_t, firsts[other].x_t) == equal
         assert all(torch.equal(weights[0][name], weights[other][name]) == equal
-                   for name in ("net.conv_in.weight", "net.label", "net.middle.0.conv1.weight"))
+                   for name in ("net.conv_in.weight", "net.label_table", "net.middle.0.conv1.weight"))
     schedule = ddpm.linear(4, 1e-6, 1e-6)
     (which, _, eps), (others, _, other_eps) = (read_off(step.x_t, step.t, schedule)
                                                for step in (firsts[0], firsts[2]))
@@ -245,9 +249,9 @@ def test_what_is_asked_of_torch_is_done(coloured, call, monkeypatch):
     compiler fails, one line says why.
     """
     failure = type("E", (RuntimeError,), dict(__module__="torch._inductor.exc"))("no g++\n\nSet …")
-    seen, calls, step_down = [], Mock(side_effect=[None, failure]), train.optimizer_step
+    seen, calls, step_down = [], Mock(side_effect=[None, failure]), train.update_ema
     monkeypatch.setattr(torch, "compile", lambda net: lambda *args: calls() or net(*args))
-    monkeypatch.setattr(train, "optimizer_step", lambda *args: step_down(*args) or seen.append((
+    monkeypatch.setattr(train, "update_ema", lambda *args: step_down(*args) or seen.append((
         torch.are_deterministic_algorithms_enabled(), calls.call_count)))
     for name, argv in (("a", []), ("b", ["--deterministic"]), ("c", ["--compile"])):
         assert call(train, "--data", coloured, "--steps", 1, "--out", name, *argv, *SMALL)[0] == 0
@@ -261,7 +265,7 @@ TRAINING = [
     ("batch", ["--batch", 8]), ("lr", ["--lr", 0.01]), ("muon_lr", ["--muon-lr", 0]),
     ("warmup", ["--warmup", 1]), ("decay", ["--no-decay"]), ("beta2", ["--beta2", 0.5]),
     ("grad_clip", ["--grad-clip", 0.001]), ("ema_decay", ["--ema-decay", 0.1]),
-    ("p_uncond", ["--p-uncond", 0.9]), ("seed", ["--seed", 5]), ("float32", ["--float32"]),
+    ("p_uncond", ["--p-uncond", 0.9]), ("stratified", ["--no-stratified"]), ("seed", ["--seed", 5]), ("float32", ["--float32"]),
     ("schedule", ["--schedule", "cosine"]), ("T", ["--T", 7]), ("beta_1", ["--beta-1", 0.01]),
     ("beta_T", ["--beta-T", 0.1]), ("model_channels", ["--model-channels", 16]),
     ("channel_mult", ["--channel-mult", 1]), ("num_res_blocks", ["--num-res-blocks", 2]),
@@ -312,14 +316,14 @@ def test_the_presets_are_what_they_say():
     """Ho appendix B and section 4, CIFAR10, one by one; and every default of training."""
     paper = dict(
         data=None, labels=False, flip=True, steps=800_000, batch=128, lr=2e-4, muon_lr=0.0,
-        warmup=5000, decay=False, beta2=0.999, grad_clip=1.0, ema_decay=0.9999, p_uncond=0.1,
-        seed=0, float32=False, schedule="linear", T=1000, beta_1=1e-4, beta_T=0.02,
+        warmup=5000, decay=False, beta2=0.999, grad_clip=1.0, ema_decay=0.9999, stratified=False,
+        p_uncond=0.1, seed=0, float32=False, schedule="linear", T=1000, beta_1=1e-4, beta_T=0.02,
         model_channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2,
         attention_resolutions=(16,), dropout=0.1, num_groups=32, patch_size=1,
         image_shape=(3, 32, 32), num_classes=0, fingerprint="none")
     assert asdict(PRESETS["cifar10"]) == paper
     assert asdict(PRESETS["digits"]) == asdict(Config()) == paper | dict(
-        labels=True, flip=False, steps=2000, batch=64, lr=6e-3, muon_lr=0.03, warmup=100,
+        labels=True, flip=False, stratified=True, steps=2000, batch=64, lr=6e-3, muon_lr=0.03, warmup=100,
         decay=True, beta2=0.99, ema_decay=0.999, model_channels=16, channel_mult=(1, 2),
         num_res_blocks=1, attention_resolutions=(0,), dropout=0.0, num_groups=1, patch_size=2,
         image_shape=(1, 28, 28))
@@ -345,8 +349,8 @@ def test_the_default_is_algorithm_2():
     help shows them.
     """
     assert asdict(Sampling()) == dict(
-        sampler="ddpm", steps=1000, variance="beta", eta=1.0, clip=True, guidance=1.0,
-        label="each", keep=None, resample=1, n=100, batch=100, weights=None,
+        sampler="ddpm", steps=1000, sigma2="beta", eta=1.0, clip=True, guidance=1.0,
+        label="each", start=0, keep=None, resample=1, n=100, batch=100, weights=None,
         out="out/samples.png", animate=False, data=None, device=None, seed=0)
     for parser, settings_ in ((train.arguments(), Config), (sample.arguments(), Sampling)):
         text = " ".join(parser.format_help().split())
@@ -375,7 +379,7 @@ def test_sampling_draws_what_was_learned(trained, call):
 
 
 @pytest.mark.parametrize("options", [
-    ["--variance", "beta_tilde"], ["--sampler", "ddim", "--steps", 4, "--eta", 0.5],
+    ["--sigma2", "beta_tilde"], ["--sampler", "ddim", "--steps", 4, "--eta", 0.5],
     ["--sampler", "dpm", "--steps", 4, "--guidance", 2, "--label", 1],
     ["--keep", "left", "--label", 1]])
 def test_the_same_pictures_whatever_the_batch(options, trained, call, monkeypatch):
@@ -401,7 +405,7 @@ def test_labels_are_saved_only_where_they_were_followed(trained, call):
     """
     for options, labels in (([], [0, 1]), (["--guidance", 0], False),
                             (["--label", "none"], False), (["--keep", "top"], False),
-                            (["--keep", "top", "--label", 1], [1] * 8)):
+                            (["--keep", "top", "--label", 1], [1] * 8), (["--start", 3], False)):
         call(sample, "--weights", trained[0] / "checkpoint.safetensors", "-n", 2, "--steps", 1,
              "--out", "x.npz", *options)
         found = np.load("x.npz")
@@ -413,7 +417,7 @@ def test_labels_are_saved_only_where_they_were_followed(trained, call):
     (["-n", 5], (3, 2, 16), 0),
     (["-n", 2, "--keep", "top", "--resample", 2, "--label", 1], (6, 2, 16), 0),
     (["-n", 2, "--keep", "top", "--animate"], (6, 2, 16), 4),
-    (["-n", 3, "--keep", "coarse"], (6, 3, 16), 0)])
+    (["-n", 3, "--keep", "coarse"], (6, 3, 16), 0), (["-n", 2, "--start", 9], (6, 2, 16), 0)])
 def test_pictures_of_all_kinds(extra, size, frames, trained, call):
     """A sheet, a column per class, columns of original, kept, completions; animations from x_T to
     x_0, with x̂_0 below.
@@ -444,8 +448,8 @@ def test_completions_keep_what_they_say(trained, tiny, call):
 
 
 def test_the_frames_of_an_animation_run_from_noise_to_the_image(trained, call):
-    """--animate: x_T and nothing predicted yet; then each x_t above the x̂_0 of that step; at
-    last the image twice.  A viewer without animation shows that last frame.
+    """--animate: each x_t above the x̂_0 that the network sees in it; at last the image twice.  A
+    viewer without animation shows that last frame.
     """
     both = ["--weights", trained[0] / "checkpoint.safetensors", "--sampler", "ddim", "--steps", 3,
             "-n", 5, "--device", "cpu", "--batch", 2, "--out"]
@@ -455,7 +459,7 @@ def test_the_frames_of_an_animation_run_from_noise_to_the_image(trained, call):
     cells = [np.array([frame[2 + 34 * (i // 2):][:32:2, 2 + 18 * (i % 2):][:, :16:2]
                        for i in range(5)]) for frame in frames]
     x_t, predicted = [[cell[:, rows] for cell in cells] for rows in (slice(0, 8), slice(8, 16))]
-    assert np.all(predicted[0] == 128) and x_t[0].std() > 80 and len(frames) == 4
+    assert not np.array_equal(predicted[0], x_t[0]) and x_t[0].std() > 80 and len(frames) == 4
     assert np.array_equal(x_t[-1], np.load("x0.npz")["images"])
     assert np.array_equal(predicted[-1], x_t[-1]) and not np.array_equal(predicted[1], x_t[1])
     assert np.array_equal(decoded(Path("way.png"))[0], frames[-1])
@@ -476,12 +480,12 @@ def random_network(coloured, tmp_path):
 DDIM, KEEP = ["--sampler", "ddim"], ["--keep", "top"]
 SAMPLING = [
     ("sampler", [], DDIM), ("sampler", DDIM, ["--sampler", "dpm"]), ("steps", [], ["--steps", 3]),
-    ("variance", [], ["--variance", "beta_tilde"]), ("eta", DDIM, ["--eta", 0.5]),
+    ("sigma2", [], ["--sigma2", "beta_tilde"]), ("eta", DDIM, ["--eta", 0.5]),
     ("eta", ["--sampler", "dpm"], ["--sampler", "dpm", "--eta", 0.5]),
     ("clip", [], ["--no-clip"]), ("label", [], ["--label", 1]), ("label", [], ["--label", "none"]),
     ("guidance", [], ["--guidance", 3]), ("guidance", [], ["--guidance", 0]),
     ("keep", KEEP, ["--keep", "bottom"]), ("keep", KEEP, ["--keep", "left"]),
-    ("keep", KEEP, ["--keep", "coarse"]), ("resample", KEEP, ["--resample", 2]),
+    ("keep", KEEP, ["--keep", "coarse"]), ("start", ["--start", 2], ["--start", 4]), ("resample", KEEP, ["--resample", 2]),
     ("n", [], ["-n", 3]), ("weights", [], ["--weights", "other"]),
     ("data", KEEP, ["--data", "turned.npz"]), ("seed", [], ["--seed", 1])]
 
@@ -565,7 +569,7 @@ def test_the_bound_of_images_that_the_network_has_not_seen(
 
 def test_the_network_that_ships_is_shown_but_not_measured_on_what_it_has_seen(call):
     """evaluate.py, in a fresh clone: drawings beside the perfect network's, and why no bound."""
-    status, text, errors = call(evaluate, "--weights", sample.SHIPPED, "--device", "cpu")
+    status, text, errors = call(evaluate, "--weights", SHIPPED, "--device", "cpu")
     assert status == 0 and not errors and "no bound: " in text and "--data" in text
     assert text.count("0.000") == 10 and decoded(Path("out/perfect.png"))[0].std() > 30
     assert "drawn: out/perfect.png: the perfect network's, the nearest training images" in text
@@ -582,7 +586,7 @@ def unfit(tmp_path_factory):
     np.savez(folder / "few.npz", images=large, labels=np.arange(99) % 10)
     np.savez(folder / "bare.npz", images=large)
     np.savez(folder / "eleven.npz", images=large, labels=np.arange(99) % 11)
-    tensors, metadata = read_tensors(sample.SHIPPED)
+    tensors, metadata = read_tensors(SHIPPED)
     tensors["conv_out.bias"] *= float("nan")
     saved(folder / "nan", tensors, **asdict(config_from(metadata)))
     return folder
@@ -603,7 +607,10 @@ def unfit(tmp_path_factory):
     (sample, ["--sampler", "x"], "invalid choice"), (sample, ["--label", 10], "must be 0 .. 9"),
     (sample, ["--eta", 0.5], "--eta belongs to"), (sample, ["--keep", "top", "--sampler", "dpm"],
                                                    "--keep works with --sampler ddpm or ddim"),
-    (sample, ["--sampler", "dpm", "--variance", "beta_tilde"], "--variance belongs to"),
+    (sample, ["--sampler", "dpm", "--sigma2", "beta_tilde"], "--sigma2 belongs to"),
+    (sample, ["--keep", "nose"], "--keep must be one of left, "),
+    (sample, ["--keep", "top", "--start", 9], "name one of them"),
+    (sample, ["--start", 1001], "--start must be 1 .. 1000"),
     (sample, ["--out", "x.jpg"], "must end in .png"), (sample, ["--out", "file/x.png"], "file"),
     (sample, ["--resample", 2], "--resample belongs to --keep"),
     (sample, ["--keep", "left", "--data", "small.npz"], "held-out images of (8, 8, 1)"),
@@ -617,7 +624,7 @@ def unfit(tmp_path_factory):
 def test_what_the_user_can_mend_is_told_in_one_line(script, argv, says, unfit, call, monkeypatch):
     """Errors: one line on stderr that names the thing, status 2, no traceback, nothing written."""
     monkeypatch.chdir(unfit)
-    weights = [] if "--weights" in argv or script is train else ["--weights", sample.SHIPPED]
+    weights = [] if "--weights" in argv or script is train else ["--weights", SHIPPED]
     status, text, errors = call(script, *weights, *argv, *([] if script is evaluate else [
         "--steps", 1]))
     lines = [line for line in errors.splitlines() if not line.startswith("usage: ")]
@@ -635,7 +642,7 @@ def test_too_little_memory_is_one_line(error, says, call, monkeypatch):
     """Memory: whatever it is that asks for too much, one line, and no trace."""
     def load_network(*_):
         raise error
-    monkeypatch.setattr(sample, "load_network", load_network)
+    monkeypatch.setattr(support.weights, "load_network", load_network)
     status, _, errors = call(sample)
     assert status == 2 and says in errors and errors.count("\n") == 1
 
@@ -680,3 +687,23 @@ def test_what_is_freed_stays_for_the_next_step(monkeypatch):
     for other in (TypeError, OSError, AttributeError):
         monkeypatch.setattr(devices.ctypes, "CDLL", Mock(side_effect=other))
         devices.keep_memory()
+
+
+def test_each_file_that_is_said_to_stand_alone_does(tmp_path):
+    """sample.py needs ddpm.py and posterior.py alone, these NumPy alone, and unet.py PyTorch alone:
+    in a folder with nothing else they import, draw and print.
+    """
+    for names, code in (
+            (["ddpm", "posterior", "sample"], "import sample; sample.torch.manual_seed(0); "
+             "print(len(list(sample.algorithm_2(lambda x, t: x / 2, sample.ddpm.linear(9), "
+             "sample.ddpm.linear(9).beta, lambda: sample.torch.randn(1)))))"),
+            (["ddpm", "posterior"], "import posterior, sys; print('torch' in sys.modules)"),
+            (["unet"], "import runpy; runpy.run_path('unet.py', run_name='__main__')")):
+        folder = tmp_path / names[-1]
+        folder.mkdir()
+        for name in names:
+            shutil.copy(ROOT / f"{name}.py", folder)
+        found = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True,
+                               text=True)
+        assert not found.stderr and {"sample": "10\n", "posterior": "False\n"}.get(
+            names[-1], "has 35,746,307 parameters\n\n") in found.stdout

@@ -18,17 +18,20 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch import nn
 
+import ddpm
 import support.run
 import train
 from conftest import TINY
 from support import console, data as files
-from support.config import Config
+from support.config import Config, schedule_from
 from support.console import on_stop
-from support.devices import seed_from, standard_normal
+from support.data import load
+from support.devices import seed_from
 from support.pictures import atomic_write
 from support.run import Run, lock, open_run
-from support.weights import read_tensors, write_tensors
+from support.weights import config_from, read_tensors, write_tensors
 
 ROOT, CPU = Path(__file__).resolve().parents[1], torch.device("cpu")
 
@@ -48,30 +51,30 @@ def test_a_stopped_run_goes_on_exactly(seed, tiny, call, short, monkeypatch):
     """
     argv = ["--data", tiny, "--steps", 12, *TINY, "--out"]
     assert call(train, *argv, "straight")[0] == 0
-    chance, step_down = random.Random(seed), train.optimizer_step
+    chance, step_down = random.Random(seed), train.set_rates
     for first, number in ((1, signal.SIGINT), (4, signal.SIGTERM), (7, signal.SIGHUP), (9, 13)):
         there = Path("a b/checkpoint.safetensors").exists()
         last, count, begun = chance.randrange(first, first + 2), [0], step_of("a b") if there else 0
 
-        def optimizer_step(optimizers, lr_scale):
+        def set_rates(optimizers, scale):
             count[0] += 1
             if count[0] == last - begun and number != 13:
                 signal.raise_signal(number)
-            step_down(optimizers, lr_scale)
+            step_down(optimizers, scale)
 
-        def nobody_reads(progress, done, text, tell=train.Progress.__call__):
+        def nobody_reads(progress, done, text, tell=console.Progress.__call__):
             if number == 13 and done >= last:
                 raise BrokenPipeError
             tell(progress, done, text)
         with monkeypatch.context() as patch:
-            patch.setattr(train, "optimizer_step", optimizer_step)
-            patch.setattr(train.Progress, "__call__", nobody_reads)
+            patch.setattr(train, "set_rates", set_rates)
+            patch.setattr(console.Progress, "__call__", nobody_reads)
             resume = ["--resume", "--out"] if there else argv
             status, text, _ = call(train, *resume, "a b", "--device", "cpu")
         assert status == 128 + number and step_of("a b") == last + last % 2
         assert not Path(f"a b/step-{last + last % 2:06}.png").exists()            # no time is lost
         assert (f"stopped and saved at step {last + last % 2}; to resume: python train.py --resume "
-                "--out 'a b'") in text
+                '--out "a b"') in text
     assert call(train, "--resume", "--out", "a b", "--device", "cpu")[0] == 0
     straight, run = contents("straight"), contents("a b")
     assert "step-000012.png" in run and all(run[name] == straight[name] for name in run)
@@ -230,7 +233,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(trained, call):
 
 
 @pytest.mark.parametrize("name, says", [("net.conv_in.weight", "the loss is nan at step 110"),
-                                        ("net.label", "the weights are not finite at step 120")])
+                                        ("net.label_table", "the weights are not finite at step 120")])
 def test_numbers_that_are_none_stop_the_run(name, says, trained, call):
     """NaN: in the loss, or in weights that no loss has met: the run ends, nothing is saved."""
     tensors, metadata = read_tensors(trained[0] / "checkpoint.safetensors")
@@ -244,9 +247,9 @@ def test_numbers_that_are_none_stop_the_run(name, says, trained, call):
     assert Path("checkpoint.safetensors").read_bytes() == before
 
 
-def test_two_processes_are_one(tiny, call, tmp_path):
-    """Many devices: two processes with half the batch each end in the weights of one with all, and
-    a batch that cannot be halved is refused.
+def test_two_processes_average_their_gradients(tiny, tmp_path, monkeypatch):
+    """Many devices: each of two processes draws its own half of the batch, t and ε; the weights are
+    those of a replay that averages both gradients, and a batch that cannot be halved is refused.
 
     With Adam alone: Muon's rounds magnify the rounding of a sum in another order.
     """
@@ -257,33 +260,35 @@ def test_two_processes_are_one(tiny, call, tmp_path):
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | dict(
             OMP_NUM_THREADS="1", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))) for rank in range(2)]
-    assert call(train, *common, "--out", "one")[0] == 0
     printed = [process.communicate(timeout=120)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], printed
     assert "device    cpu, float32, 2 processes" in printed[0] and not printed[1]
-    one, two = (read_tensors(Path(name, "checkpoint.safetensors"))[0] for name in ("one", "two"))
-    for name in one:
-        assert torch.allclose(one[name], two[name], rtol=1e-3, atol=2e-4), name
+    two, metadata = read_tensors(tmp_path / "two/checkpoint.safetensors")
+    run, (images, labels) = Run(config_from(metadata), CPU), load(tiny)
+    schedule, losses, seen = train.on_device(schedule_from(run.config), CPU), [], []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for step in range(1, 11):
+        run.net.zero_grad()
+        for rank in "01":
+            monkeypatch.setenv("RANK", rank)
+            rng, (x0, label) = run.rng(step), train.batches(images, labels, run.config, CPU)(step)
+            t = train.stratified(torch.randint(1, 21, (8,), generator=rng), 20)
+            eps = torch.randn(x0.shape, generator=rng)
+            x_t = ddpm.q_sample(x0, t.reshape(-1, 1, 1, 1), eps, schedule)
+            losses.append(ddpm.l_simple(eps, run.net(x_t, t, label)) / 2)
+            losses[-1].backward()
+            seen += [tuple(x0.flatten().tolist()), tuple(eps.flatten().tolist()), tuple(t.tolist())]
+        train.set_rates(run.optimizers, train.lr_scale(step, run.config))
+        nn.utils.clip_grad_norm_(run.net.parameters(), run.config.grad_clip)
+        run.optimizers[0].step()
+        train.update_ema(run.ema, run.net, step, run.config.ema_decay)
+    assert len(set(seen)) == 60                                       # no number is drawn twice
+    for name, tensor in run.tensors().items():
+        assert torch.allclose(two[name], tensor, rtol=1e-3, atol=2e-4), name
+    assert two["log"].tolist() == [pytest.approx([10, sum(map(float, losses)) / 10], rel=1e-4)]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="no multiple of 3"):
         patch.setenv("WORLD_SIZE", "3")
         open_run(Path("three"), CPU, dict(data=str(tiny), batch=16), resume=False)
-
-
-@given(st.integers(1, 64), st.integers(1, 3))
-def test_several_processes_draw_what_one_draws(count, world):
-    """Algorithm 1, lines 2 to 4: the parts of all processes, dealt in turn, are one's whole."""
-    images = np.arange(50 * 3, dtype=np.uint8).reshape(50, 1, 1, 3)
-    config = Config(flip=True, num_classes=50, batch=count * world)
-
-    def drawn(rank, processes):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("RANK", str(rank)), patch.setenv("WORLD_SIZE", str(processes))
-            rng, n = torch.Generator().manual_seed(7), count * world // processes
-            next_batch = train.batches(images, np.arange(50), config, CPU)
-            return [train.stratified_t(n, 1000, rng), standard_normal((n, 2, 3), rng),
-                    *next_batch(1)]
-    for one, *parts in zip(drawn(0, 1), *(drawn(rank, world) for rank in range(world))):
-        assert torch.equal(torch.stack(parts, 1).reshape(one.shape), one)
 
 
 def test_the_second_process_saves_nothing_and_drops_others(tmp_path, monkeypatch):

@@ -15,13 +15,15 @@ import ddpm
 import evaluate
 import posterior
 import sample
-from ddpm import Schedule, draw, q_marginal
+from ddpm import draw, q_marginal
 from posterior import beta_tilde, kl, reverse_mean
-from support import forward
+from support import drawing
 from support.config import Config, Sampling
 from support.data import split
-from support.drawing import image_noise, projection
-from test_math import (PAPER, SHORT, best_eps, evenly, gaussian_trajectory, mild, near, near32,
+from sample import image_noise
+from support.drawing import projection
+from test_math import (PAPER, SHORT, best_eps, evenly, gaussian_trajectory, generate,
+                       mild, near, near32,
                        on_every_device, batch_of, small_unet, step_arguments, tables)
 
 # ── Fewer steps: DDIM and DPM-Solver++ ────────────────────────────────────────────────────────────
@@ -33,7 +35,7 @@ def test_ddim_with_eta_1_is_the_posterior(device, schedule, data):
     """DDIM: η = 1 is a draw from q(x_{t−1}|x_t, x̂_0), Ho (6, 7), exactly."""
     t = data.draw(st.integers(1, schedule.T))
     (x_t, _, x0, _, z), (x_t32, _, x0_32, _, z32) = step_arguments(schedule, t, device)
-    found = sample.ddim_step(x_t32, t, x0_32, z32, forward.on_device(schedule, device), eta=1.0)
+    found = sample.ddim_step(x_t32, t, x0_32, z32, schedule, eta=1.0)
     near32(found, draw(*posterior.posterior(x_t, x0, t, schedule), z), condition=10)
 
 
@@ -43,10 +45,8 @@ def test_ddim_keeps_the_marginal_for_any_eta(schedule, data, eta):
     x_{t−1} is from q(x_{t−1}|x_0).
     """
     t = data.draw(st.integers(1, schedule.T))
-    tables = Schedule(*map(torch.tensor, schedule))
-    eps, z, x0 = torch.eye(3, dtype=torch.float64)         # three images, each fed one of the three
-    x_t = tables.alpha_bar[t].sqrt() * x0 + tables.one_minus_alpha_bar[t].sqrt() * eps
-    found = sample.ddim_step(x_t, t, x0, z, tables, eta).flatten().numpy()
+    eps, z, x0 = np.eye(3)                                 # three images, each fed one of the three
+    found = sample.ddim_step(ddpm.q_sample(x0, t, eps, schedule), t, x0, z, schedule, eta)
     near((found[:2] ** 2).sum(), schedule.one_minus_alpha_bar[t - 1], scale=1e-3)
     near(found[2], math.sqrt(schedule.alpha_bar[t - 1]))
     near(found[1] ** 2, eta ** 2 * (beta_tilde(t, schedule)), scale=1e-3)
@@ -72,8 +72,7 @@ def test_dpm_is_its_published_formula_and_with_eta_1_a_posterior_draw(device, sc
     digits_lost = max(abs(past), abs(ahead), 1) / min(ahead - now, now - past)
     condition = 10 + np.abs(D - x0).max() / np.abs(D).max() * digits_lost
     for eta, result in zip((0.0, 1.0), exact):
-        found = sample.dpm_step(x_t32, t, x0_32, x0_prev32, z32,
-                                forward.on_device(schedule, device), eta)
+        found = sample.dpm_step(x_t32, t, x0_32, x0_prev32, z32, schedule, eta)
         near32(found, result, condition)
 
 
@@ -82,10 +81,9 @@ def test_the_first_dpm_step_is_ddim(schedule, data):
     """DPM: with no x̂_0 before, and in the last step, DPM-Solver++ is DDIM with η = 0."""
     t = data.draw(st.integers(1, schedule.T))
     _, (x_t, _, x0, x0_prev, z) = step_arguments(schedule, t)
-    tables = forward.on_device(schedule, "cpu")
-    ddim = sample.ddim_step(x_t, t, x0, z, tables)
-    assert torch.equal(sample.dpm_step(x_t, t, x0, None, z, tables), ddim)
-    near32(sample.dpm_step(x_t, 1, x0, x0_prev, z, tables), x0.numpy())
+    ddim = sample.ddim_step(x_t, t, x0, z, schedule)
+    assert torch.equal(sample.dpm_step(x_t, t, x0, None, z, schedule), ddim)
+    near32(sample.dpm_step(x_t, 1, x0, x0_prev, z, schedule), x0.numpy())
 
 
 @given(schedule=st.lists(st.floats(0.001, 0.7), min_size=2, max_size=6).map(tables),
@@ -95,14 +93,11 @@ def test_dpm_is_exact_where_the_prediction_does_not_change(schedule, data):
     for any step sizes.
     """
     t = data.draw(st.integers(1, schedule.T))
-    tables = Schedule(*map(torch.tensor, schedule))
-    x_t, x0 = (torch.tensor([0.3, -1.2], dtype=torch.float64),
-               torch.tensor([0.5, 0.25], dtype=torch.float64))
+    x_t, x0 = np.array([0.3, -1.2]), np.array([0.5, 0.25])
     x0_prev = x0 if t < schedule.T else None
-    found = sample.dpm_step(x_t, t, x0, x0_prev, torch.zeros(2), tables).flatten()
-    (mean, variance), (mean_prev, variance_prev) = (q_marginal(x0.numpy(), u, schedule)
-                                                    for u in (t, t - 1))
-    near(found.numpy(), mean_prev + math.sqrt(variance_prev / variance) * (x_t.numpy() - mean),
+    found = sample.dpm_step(x_t, t, x0, x0_prev, np.zeros(2), schedule)
+    (mean, variance), (mean_prev, variance_prev) = (q_marginal(x0, u, schedule) for u in (t, t - 1))
+    near(found, mean_prev + math.sqrt(variance_prev / variance) * (x_t - mean),
          condition=100, scale=3)
 
 
@@ -115,9 +110,9 @@ ALL, TWENTY = np.arange(1001), np.array([0, *range(1, 952, 50)])
                              0.009794089081326758]),
     (ALL, Sampling("ddpm", clip=False), [-18.586702693842323, -0.04818612309637783,
                                          0.00474202651982024, 0.5858823933833934]),
-    (ALL, Sampling("ddpm", variance="beta_tilde"),
+    (ALL, Sampling("ddpm", sigma2="beta_tilde"),
      [-0.02346455512009724, -0.004628555412516057, 0.004247353607453527, 0.01172704648171584]),
-    (ALL, Sampling("ddpm", variance="beta_tilde", clip=False),
+    (ALL, Sampling("ddpm", sigma2="beta_tilde", clip=False),
      [-18.58585917182956, -0.051514292110084556, 0.0021308849068037757, 0.5877906780099192]),
     (TWENTY, Sampling("ddim", eta=0.0), [-1.0, -0.46810051712500694, 0.4585122993046461, 1.0]),
     (TWENTY, Sampling("ddim", eta=0.0, clip=False), [-105.12857411250327, -9.573844393777103,
@@ -134,12 +129,10 @@ def test_the_samplers_are_those_of_diffusers(times, sampling, x_0):
     """Algorithm 2, DDIM: diffusers 0.42.1 ends in the same four pixels, in float64: ε_θ is
     tanh(0.7 x + 0.3 sin t), x_T as below, z of the i-th step cos(1.3 j + i).
     """
-    tables_64 = Schedule(*map(torch.tensor, sample.respaced(PAPER, times)))
     noises = iter([GOLDEN, *(np.cos(1.3 * np.arange(4) + i) for i in range(1000))])
-    step = sample.sampler_step(lambda x, t: torch.tanh(0.7 * x + 0.3 * math.sin(times[t])),
-                               tables_64, sampling)
-    *_, (found, _) = sample.algorithm_2(step, len(times) - 1,
-                                   lambda: torch.tensor(next(noises)).reshape(4, 1, 1, 1))
+    *_, found = sample.trajectory(
+        lambda x, t: torch.tanh(0.7 * x + 0.3 * math.sin(times[t])),
+        sample.respaced(PAPER, times), sampling, lambda: torch.tensor(next(noises)))
     # without clipping x̂_0 begins at x_T/√ᾱ_T, 157 times as large as x_T
     near(found.flatten().numpy(), x_0, scale=1 if sampling.clip else 300)
 
@@ -188,14 +181,15 @@ def test_the_times_are_distinct_and_go_from_0_to_T(T, data):
 
 def test_clipping_changes_the_mean_it_claims_to_change():
     """Ho (10, 15): with clip the mean is the posterior's with x̂_0 in [-1, 1]; without it, x̂_0."""
-    tables, x_t = forward.on_device(PAPER, "cpu"), torch.full((1, 1, 2, 2), 5.0)
-    x0 = 5 / math.sqrt(PAPER.alpha_bar[900])
+    schedule, x_t = evenly(2, 0.99, 0.9), torch.full((1, 1, 2, 2), 5.0)
+    x0 = 5 / math.sqrt(schedule.alpha_bar[2])
     for clip, x0_hat in ((True, 1.0), (False, x0)):
         for name in ("ddpm", "ddim"):
-            sampling = Sampling(name, clip=clip)
-            step = sample.sampler_step(lambda x_t, t: 0 * x_t, tables, sampling)
-            near32(step(x_t, 900, torch.zeros_like(x_t), None)[0], np.full(
-                x_t.shape, posterior.posterior(5.0, x0_hat, 900, PAPER)[0]), condition=10)
+            noises = iter([x_t, 0 * x_t])
+            _, found, _ = sample.trajectory(lambda x_t, t: 0 * x_t, schedule,
+                                            Sampling(name, clip=clip), lambda: next(noises))
+            near32(found, np.full(x_t.shape, posterior.posterior(5.0, x0_hat, 2, schedule)[0]),
+                   condition=10)
 
 
 class Half(nn.Module):
@@ -224,8 +218,8 @@ POINT = Config(image_shape=(1, 1, 1), float32=True)
 def test_no_schedule_leads_to_an_image_that_is_no_number(sampler, schedule, steps, eta):
     """DDIM, DPM: whatever rounds to zero or below in float32, every x_t is finite."""
     sampling = Sampling(sampler, steps=steps, eta=eta)
-    trajectory = sample.generate(Half(), replace(POINT, **schedule), sampling, range(1))
-    assert all(torch.isfinite(x_t).all() for x_t, _ in trajectory)
+    trajectory = generate(Half(), replace(POINT, **schedule), sampling, range(1))
+    assert all(torch.isfinite(x_t).all() for x_t in trajectory)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
@@ -235,20 +229,10 @@ def test_any_number_of_steps_calls_the_network_that_often(sampler, T, data):
     """DDIM, DPM: N steps from 1 to T: N calls, from T down, no t twice, and the last gives x_0."""
     steps = data.draw(st.integers(1, T + 3)) if data else 1
     config, net = replace(POINT, T=T, beta_1=0.01, beta_T=0.3), Half()
-    images = list(sample.generate(net, config, Sampling(sampler, steps=steps), range(2)))
+    images = generate(net, config, Sampling(sampler, steps=steps), range(2))
     called = [t[0].item() for _, t, _ in net.calls]
-    assert len(images) == min(T, steps) + 1 and all(torch.isfinite(x).all() for x, _ in images)
+    assert len(images) == min(T, steps) + 1 and all(torch.isfinite(x).all() for x in images)
     assert called == sample.times(T, min(T, steps))[:0:-1].tolist()
-
-
-def test_each_x_t_comes_with_the_image_that_was_predicted():
-    """Ho (15): the x̂_0 beside x_{t−1} is that of x_t, clipped; beside x_T there is none."""
-    net, tables = Half(), forward.on_device(evenly(12, 0.01, 0.3), "cpu")
-    for sampler in ("ddpm", "ddim", "dpm"):
-        images = list(sample.generate(net, SHORT, Sampling(sampler), range(2)))
-        assert images[0][1] is None and len(images) == 13
-        for t, ((x_t, _), (_, x0)) in zip(range(12, 0, -1), zip(images, images[1:])):
-            near32(x0, forward.x0_from_eps(x_t, t, 0.5 * x_t, tables).clamp(-1, 1).numpy())
 
 
 # ── Guidance and completion ───────────────────────────────────────────────────────────────────────
@@ -280,11 +264,11 @@ def test_guidance_costs_twice_only_where_it_needs_both():
     config, label = replace(POINT, num_classes=5), torch.tensor([3, 0, 4])
     for scale, labels in ((0.0, [5, 5, 5]), (1.0, [3, 0, 4]), (2.0, [5, 5, 5, 3, 0, 4])):
         net = Half()
-        list(sample.generate(net, config, Sampling(steps=2, guidance=scale), range(3), label))
+        generate(net, config, Sampling(steps=2, guidance=scale), range(3), label)
         assert [c[2].tolist() for c in net.calls] == [labels, labels]
         assert all(len(x_t) == len(t) == len(labels) for x_t, t, _ in net.calls)
     net = Half()
-    list(sample.generate(net, POINT, Sampling(guidance=2.0, steps=2), range(3)))
+    generate(net, POINT, Sampling(guidance=2.0, steps=2), range(3))
     assert [(len(x_t), label) for x_t, _, label in net.calls] == [(3, None)] * 2
 
 
@@ -315,10 +299,23 @@ def test_what_is_kept_is_a_projection(keep, rows, columns, seed):
     near32(P(x32), expected)
 
 
-def test_a_coarse_image_needs_whole_blocks():
-    """completion: sides that are no multiples of 4 have no 4 x 4 means."""
+def test_a_mask_of_one_s_own_and_what_cannot_be_kept(tmp_path):
+    """completion: an .npy of ones keeps the image, of zeros and ones its pixels; another size, other
+    values, and sides that have no 4 x 4 means, are refused.
+    """
+    mask, x = np.eye(8)[:, :6].astype(np.uint8), torch.randn(2, 3, 8, 6)
+    np.save(tmp_path / "mask.npy", mask), np.save(tmp_path / "ones.npy", np.ones((8, 6), bool))
+    np.save(tmp_path / "wrong.npy", 255 * mask)
+    assert torch.equal(projection(str(tmp_path / "ones.npy"), 8, 6)(x), x)
+    assert np.array_equal(projection(str(tmp_path / "mask.npy"), 8, 6)(x), x.numpy() * mask)
+    for keep, height, width, says in (("mask.npy", 6, 8, "array of 6 x 8"),
+                                      ("wrong.npy", 8, 6, "zeros and ones")):
+        with pytest.raises(ValueError, match=says):
+            projection(str(tmp_path / keep), height, width)
     with pytest.raises(ValueError, match="multiples of 4"):
         projection("coarse", 8, 6)
+    with pytest.raises(OSError, match="none.npy"):
+        projection("none.npy", 8, 6)
 
 
 @pytest.mark.parametrize("keep", KINDS)
@@ -333,7 +330,7 @@ def test_completion_keeps_what_is_known(keep, resample):
     schedule, P = evenly(12, 0.01, 0.3), projection(keep, 8, 8)
     known = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8).repeat(800, 1, 1, 1)
     sampling = Sampling("ddim", keep=keep, resample=resample, steps=12)
-    images = [x_t for x_t, _ in sample.generate(Half(), SHORT, sampling, range(800), known=known)]
+    images = generate(Half(), SHORT, sampling, range(800), known=known)
     near32(P(images[-1]), P(known).numpy())
     assert (images[-1] - known - P(images[-1] - known)).abs().mean() > 0.1
     deviation = 0.25 if keep == "coarse" else 1.0                # of the mean over 16 pixels
@@ -347,36 +344,51 @@ def test_completion_keeps_what_is_known(keep, resample):
         assert abs(z.var() - 1) < 5 * math.sqrt(2 / z.size)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-@given(schedule=mild, data=st.data())
-def test_where_nothing_is_known_completion_is_the_plain_step(sampler, schedule, data):
-    """completion: the rest is a step of the sampler inside."""
-    t = data.draw(st.integers(1, schedule.T))
-    _, (x_t, eps, x0, _, z) = step_arguments(schedule, t)
-    on_cpu = forward.on_device(schedule, "cpu")
-    step = sample.sampler_step(lambda x_t, t: eps, on_cpu, Sampling(sampler, keep="left"))
-    found = sample.completed(step, x0, lambda x: 0 * x, on_cpu, lambda: z)(x_t, t, z, None)
-    assert all(map(torch.equal, found, step(x_t, t, z, None)))
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_where_nothing_is_known_completion_is_the_plain_walk(name, monkeypatch):
+    """completion: the rest is the steps of the sampler inside, noise for noise."""
+    monkeypatch.setattr(drawing, "projection", lambda keep, height, width: lambda x: 0 * x)
+    schedule = evenly(6, 0.05, 0.3)
+    noises = [batch_of(k, 2, 1, 4, 4)[1] for k in range(12)]
+    known = iter([noises[0], *(noises[k // 2 + 1 if k % 2 == 0 else 11] for k in range(10)),
+                  noises[11]])                                # x_T; z and the known's noise in turn
+    found = sample.trajectory(lambda x_t, t: x_t / t, schedule, Sampling(name, keep="left"),
+                              lambda: next(known), noises[7])
+    plain = sample.trajectory(lambda x_t, t: x_t / t, schedule, Sampling(name),
+                              iter(noises).__next__)
+    assert all(map(torch.equal, found, plain)) and next(known, None) is None
 
 
 def test_resampling_goes_back_by_the_forward_step():
     """RePaint, Ho (2): between rounds x_t is a draw from q(x_t|x_{t−1}), with this step's β_t, and
-    the step is taken from there with fresh noise; from x_0 there is no way back.
+    the step is taken from there; from x_0 there is no way back.
     """
-    def image(value):
-        return torch.full((1, 1, 2, 2), value)
-    on_cpu = forward.on_device(tables([0.1, 0.36, 0.2]), "cpu")
-    for t, rounds in ((2, [[2, -1.0, -5.0], [2, 0.8 * 2 + 0.6 * 2, 3.0]]),
-                      (1, [[1, -1.0, -5.0]])):
-        taken, noises = [], iter(map(image, [1.0, 2.0, 3.0, 4.0]))
+    schedule, taken, noises = tables([0.36, 0.36]), [], iter(torch.arange(1.0, 9.0))
 
-        def step(x_t, t, z, x0_prev):
-            taken.append([t, float(x_t.mean()), float(z.mean())])
-            return image(2.0), image(0.5)
-        complete = sample.completed(step, image(0.0), lambda x: 0 * x, on_cpu,
-                                    lambda: next(noises), resample=2)
-        complete(image(-1.0), t, image(-5.0), None)
-        np.testing.assert_allclose(taken, rounds, rtol=1e-6)
+    def walk(x_t, t):
+        taken.append((t, round(float(x_t), 5)))
+        return iter([x_t, torch.tensor(2.0)])
+    *_, image = sample.completed(walk, torch.tensor(0.0), lambda x: 0 * x, schedule,
+                                 lambda: next(noises), resample=2)
+    # noise 1 is x_T, 2 that of what is known, 3 leads back: 0.8 · 2 + 0.6 · 3
+    assert taken == [(2, 1.0), (2, 3.4), (1, 2.0)] and image == 2
+
+
+def test_what_was_noised_to_t_is_taken_back_from_there():
+    """Ho (4), Algorithm 2: --start t noises the image to t and takes as many steps; from t = 1 the
+    image comes back to within σ_1, and every image has its own noise.
+    """
+    known, net = torch.linspace(-0.9, 0.9, 128).reshape(2, 1, 8, 8), Half()
+    for start, steps in ((12, 12), (5, 5), (5, 3), (1, 1)):
+        net.calls.clear()
+        found = generate(net, SHORT, Sampling(start=start, steps=steps), range(2), known=known)
+        assert len(found) == steps + 1
+        assert [t[0].item() for _, t, _ in net.calls] == sample.times(start, steps)[:0:-1].tolist()
+        mean, variance = q_marginal(known.double().numpy(), start, evenly(12, 0.01, 0.3))
+        z = (found[0].double().numpy() - mean) / math.sqrt(variance)
+        noise = sample.image_noise(0, range(2), (1, 8, 8), "cpu")()
+        near32(torch.tensor(z), noise.double().numpy(), condition=10)
+    assert (found[-1] - known).abs().max() < 4 * math.sqrt(0.01)
 
 
 def test_every_image_has_its_own_noise():
@@ -411,9 +423,11 @@ def test_the_estimated_bound_is_the_closed_form_on_gaussian_data():
     x0 = np.rint((np.random.default_rng(0).standard_normal((400, 1, 8, 8)) * math.sqrt(s2) + 1)
                  * 127.5) / 127.5 - 1
     s2 = x0.var()
-    found = evaluate.bound(lambda x_t, t, i: best_eps(x_t, t[0].item(), 0.0, s2, schedule),
-                           schedule, torch.tensor(x0, dtype=torch.float32), each=200)
-    for variance, terms in found.items():
+    errors, mean_0 = evaluate.squared_errors(
+        lambda x_t, t, i: best_eps(x_t, t[0].item(), 0.0, s2, schedule), schedule,
+        torch.tensor(x0, dtype=torch.float32), each=200)
+    rate, distortion = evaluate.rate_distortion(errors, x0, schedule)
+    for variance, terms in evaluate.bound(errors, mean_0, x0, schedule).items():
         sigma2 = posterior.reverse_variance(variance, schedule)
         matching = 0.0
         for t in range(2, T + 1):      # KL of the means' difference: its mean square in closed form
@@ -421,10 +435,16 @@ def test_the_estimated_bound_is_the_closed_form_on_gaussian_data():
             error = schedule.alpha_bar[t] * s2 / v_t
             slope = abs(reverse_mean(0.0, 1.0, t, schedule))
             matching += kl(0.0, beta_tilde(t, schedule), slope * math.sqrt(error), sigma2[t])
+            # Var(x_0 | x_t) in 0..255, to five standard errors of 200 images of 64 pixels
+            rms = 127.5 * math.sqrt(s2 * schedule.one_minus_alpha_bar[t] / v_t)
+            assert distortion[t] == pytest.approx(rms, rel=5 / math.sqrt(2 * 200 * 64))
         mean, error = terms["L_{t-1}"]
         assert 0 < error < 0.05 * mean and abs(mean - matching / math.log(2)) < 5 * error
         expected = posterior.bits_per_dim(posterior.L_T(x0, schedule))
         assert terms["L_T"][0] == pytest.approx(expected, rel=1e-5)
+        if variance == "beta":                        # before x_T nothing is known but the prior
+            assert rate[T] == pytest.approx(expected) and rate[1] == pytest.approx(mean + expected)
+            assert np.all(np.diff(rate[1:]) < 0)
         mean, error = terms["L_0"]
         # x_0 given x_1 has variance β_1 s²/v_1 around the reverse mean:
         # the code length of a bin of 2/255
@@ -451,7 +471,8 @@ def test_the_estimated_bound_is_exact_for_a_network_off_by_a_constant():
     schedule = evenly(6, 0.05, 0.6)
     x0 = (torch.arange(3 * 2 * 2) * 20).float().reshape(3, 1, 2, 2) / 127.5 - 1
     predict, calls = known_errors(torch.full((3,), 0.3), schedule, x0)
-    found = evaluate.bound(predict, schedule, x0, each=2)
+    clean = x0.double().numpy()
+    found = evaluate.bound(*evaluate.squared_errors(predict, schedule, x0, each=2), clean, schedule)
     assert [t for t, _ in calls] == [6, 5, 4, 3, 2, 1]
     assert [i for t, i in calls if t == 1] == [[0, 1, 2]] and len(calls[0][1]) == 2
     for variance, terms in found.items():
@@ -460,7 +481,6 @@ def test_the_estimated_bound_is_exact_for_a_network_off_by_a_constant():
             off = 0.3 * reverse_mean(0.0, 1.0, t, schedule)
             matching += kl(0.0, beta_tilde(t, schedule), off, sigma2[t]) / math.log(2)
         assert terms["L_{t-1}"] == pytest.approx((matching, 0), rel=1e-5, abs=1e-5)
-        clean = x0.double().numpy()
         mean = clean + 0.3 * reverse_mean(0.0, 1.0, 1, schedule)
         each = [posterior.bits_per_dim(image) for image in posterior.L_0(clean, mean, sigma2[1])]
         assert terms["L_0"] == pytest.approx(
@@ -476,7 +496,8 @@ def test_the_stated_error_is_the_spread_of_the_estimates():
     schedule = evenly(3, 0.1, 0.2)
     x0 = torch.zeros(8, 1, 1, 1)
     predict, _ = known_errors(torch.linspace(0.1, 3, 8), schedule, x0)
-    found = [evaluate.bound(predict, schedule, x0, seed, each=16) for seed in range(300)]
+    found = [evaluate.bound(*evaluate.squared_errors(predict, schedule, x0, seed, each=16),
+                            x0.numpy(), schedule) for seed in range(300)]
     for variance in ("beta", "beta_tilde"):
         means, errors = zip(*(terms[variance]["L_{t-1}"] for terms in found))
         assert statistics.stdev(means) == pytest.approx(np.mean(errors), rel=5 / math.sqrt(600))
@@ -529,7 +550,8 @@ def test_the_perfect_network_has_the_least_bound():
     x0, schedule = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1, evenly(50, 0.001, 0.3)
 
     def total(predict):
-        terms = evaluate.bound(predict, schedule, x0, each=200)
+        terms = evaluate.bound(*evaluate.squared_errors(predict, schedule, x0, each=200),
+                               x0.double().numpy(), schedule)
         return {name: sum(mean for mean, _ in parts.values()) for name, parts in terms.items()}
     least = total(lambda x_t, t, i: perfect(x_t, t, schedule))
     for other in (lambda x_t, t, i: perfect(x_t, t, schedule) + 0.03,

@@ -10,10 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+import ddpm
 import sample
-from support.config import Config, Sampling
+from support.config import Config, Sampling, schedule_from
 from support.data import load, to_batch
 from support.weights import PUBLISHED, load_network, read_tensors, write_tensors
+from test_math import generate
 from unet import UNet
 
 TRIES = settings(max_examples=int(os.environ.get("TRIES", 150)))
@@ -132,19 +134,18 @@ def test_any_bytes_are_a_network_or_refused(tmp_path_factory, changes, in_header
         assert str(path) in f"{error} {getattr(error, 'filename', '')}" and "\n" not in str(error)
         return
     label = torch.zeros(1, dtype=torch.long) if config.num_classes else None
-    assert len(list(sample.generate(net, config, Sampling(steps=1), range(1), label))) == 2
+    assert len(generate(net, config, Sampling(steps=1), range(1), label)) == 2
 
 
 def test_the_network_that_ships_predicts_what_it_did():
     """assets/digits.safetensors: it sees the noise in a digit, and less where t or label are
     others.
     """
-    net, config = load_network(sample.SHIPPED, CPU)
+    net, config = load_network(sample.default_weights(), CPU)
     images, labels = map(torch.from_numpy, load())
     x0, label = to_batch(images[:50]), labels[:50]
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
-    tables = sample.on_device(sample.schedule_from(config), "cpu")
-    x_t = sample.q_sample(x0, 300, eps, tables)
+    x_t = ddpm.q_sample(x0, 300, eps, schedule_from(config))
 
     def loss(t, label):
         with torch.no_grad():
@@ -155,8 +156,8 @@ def test_the_network_that_ships_predicts_what_it_did():
 
 # ── Published networks ────────────────────────────────────────────────────────────────────────────
 
-OURS = {"conv_in": "conv_in", "time_embedding.linear_1": "time.0",
-        "time_embedding.linear_2": "time.2", "down_blocks.0.resnets.0": "down.0",
+OURS = {"conv_in": "conv_in", "time_embedding.linear_1": "time_mlp.0",
+        "time_embedding.linear_2": "time_mlp.2", "down_blocks.0.resnets.0": "down.0",
         "down_blocks.0.downsamplers.0.conv": "down.1.conv", "down_blocks.1.resnets.0": "down.2",
         "down_blocks.1.attentions.0": "down.2.attention", "mid_block.resnets.0": "middle.0",
         "mid_block.attentions.0": "middle.0.attention", "mid_block.resnets.1": "middle.1",

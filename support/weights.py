@@ -147,14 +147,15 @@ def our_tensors(found: dict[str, Tensor], names, config: Config) -> dict[str, Te
         raise ValueError(f"{name} is {'left over' if name in found else 'missing'}")
     ours = {name: torch.cat([found[part].float() for part in parts[name]]) for name in names}
     sin_1, cos_1 = time_embedding(torch.tensor([1]), config.model_channels)[0].chunk(2)
-    sin, cos = ours["time.0.weight"].chunk(2, dim=1)
-    ours["time.0.weight"] = torch.cat([sin * cos_1 + cos * sin_1, cos * cos_1 - sin * sin_1], dim=1)
+    sin, cos = ours["time_mlp.0.weight"].chunk(2, dim=1)
+    ours["time_mlp.0.weight"] = torch.cat([sin * cos_1 + cos * sin_1, cos * cos_1 - sin * sin_1], dim=1)
     return ours
 
 
 # A part of one of our names, and what diffusers calls it.
 THEIR_NAMES = (
-    (r"^time\.0", "time_embedding.linear_1"), (r"^time\.2", "time_embedding.linear_2"),
+    (r"^time_mlp\.0", "time_embedding.linear_1"),
+    (r"^time_mlp\.2", "time_embedding.linear_2"),
     (r"^norm_out", "conv_norm_out"), (r"^middle\.0\.attention", "mid_block.attentions.0"),
     (r"^middle", "mid_block.resnets"), (r"\.time\.", ".time_emb_proj."),
     (r"\.shortcut\.", ".conv_shortcut."), (r"(attentions\.\d+)\.norm", r"\1.group_norm"),
