@@ -146,7 +146,7 @@ def test_respacing_keeps_the_noise_levels(schedule, data):
     assert short.T == len(times) - 1
     assert np.array_equal(short.alpha_bar, schedule.alpha_bar[times])
     assert np.array_equal(short.one_minus_alpha_bar, schedule.one_minus_alpha_bar[times])
-    near(short.alpha, 1 - short.beta, scale=1)
+    near(short.alpha, 1 - short.beta, scale=1)                          # parts of 1
     assert short.beta[0] == 0 and short.alpha[0] == 1
     for k in range(1, len(times)):
         variance = 0.0
@@ -833,7 +833,7 @@ def test_the_perfect_network_is_bayes_rule(schedule, data, images, x_t, delta):
 
 
 def test_letters_are_equal_only_if_they_always_are():
-    """Letters: a = √ᾱ, s = √(1−ᾱ), x any number, v any above 0; what is not always so, is not so."""
+    """Letters: a = √ᾱ, s = √(1−ᾱ), x is any number, v any above 0; not always so is not so."""
     a, s, b, x, v = map(Letters.of, ("a_1", "s_1", "a_2", "x", "v"))
     assert a ** 2 + s ** 2 == 1 == (a + s * x) / (s * x + a) and a + s != 1 and x != -x and x != 0
     assert (1 - a ** 2) ** 0.5 == s and (x ** 4 / v ** 2) ** 0.5 == x ** 2 / v
@@ -1163,7 +1163,7 @@ def gaussian_trajectory(sampling, schedule, m, s2, noises):
     (Sampling("ddpm", sigma2="beta_tilde", clip=False), 0.25, 0.246125),
     (Sampling("ddim", eta=0.0, clip=False), 1.0, 0.996252),
     (Sampling("ddim", eta=0.0, clip=False), 0.25, 0.248498)])
-def test_algorithm_2_mean_square(sampling, s2, result):
+def test_algorithm_2_on_gaussian_data(sampling, s2, result):
     """Algorithm 2, N8, DDIM: with the exact ε* the output variance of algorithm_2 is known to six
     digits, image k fed noise k.
     """
