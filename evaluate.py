@@ -139,6 +139,34 @@ def least_loss(images: np.ndarray, labels: np.ndarray | None, config: Config,
     return ddpm.l_simple(eps, ddpm.eps_from_x0(x_t, t[:, None], best, schedule)), len(x)
 
 
+def held_out_loss(net, config: Config, images: np.ndarray, labels: np.ndarray | None) -> Callable:
+    """() → L_simple of the network on held-out images, with the same t and ε at each call  Ho (14)
+
+    On up to 256 of them, fewer of larger images, with t spread evenly over 1..T.  NaN if there are
+    none.  Far above the loss of the training it says that the network has learned it by heart.
+    """
+    chosen = split(len(images))[1][:min(256, max(1, 2 ** 22 // images[0].size))]
+    schedule, rng = schedule_from(config), np.random.default_rng(config.seed)
+    device, n = next(net.parameters()).device, len(chosen)
+    t = 1 + np.arange(n) * config.T // max(n, 1)
+    x0 = to_pixels(images[chosen]).transpose(0, 3, 1, 2)
+    eps = rng.standard_normal(x0.shape)
+    x_t = ddpm.q_sample(x0, t.reshape(-1, 1, 1, 1), eps, schedule)
+    inputs = [torch.from_numpy(x_t).float(), torch.from_numpy(t)]
+    if labels is not None:
+        inputs.append(torch.from_numpy(labels[chosen]))
+
+    @torch.no_grad()
+    def loss() -> float:
+        if not n:
+            return float("nan")
+        with autocast(device, config.float32):
+            eps_hat = torch.cat([net(*(part.to(device) for part in parts)) for parts in zip(
+                *(whole.split(config.batch) for whole in inputs))])
+        return ddpm.l_simple(eps, eps_hat.cpu().double().numpy())
+    return loss
+
+
 def nearest(images: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """‖x − x_i‖/√D to the nearest x_i of `training`, in pixels of [-1, 1], and its index i.
 

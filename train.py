@@ -4,6 +4,7 @@
 its weights.  `--data PATH` takes other images, `--resume` continues a stopped run, `torchrun
 --nproc_per_node=N train.py` uses N devices.
 """
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -41,11 +42,12 @@ def algorithm_1(run: Run, eps_theta: Callable, next_batch: Callable,
         t = torch.randint(1, T + 1, x0.shape[:1],                 # 3:   t ~ Uniform({1, …, T})
                           generator=rng, device=rng.device)
         t = stratified(t, T) if config.stratified else t
-        eps = torch.randn(x0.shape, generator=rng, device=rng.device)              # 4:   ε ~ N(0, I)
-        x_t = q_sample(x0, t.reshape(-1, 1, 1, 1), eps, schedule)
-        loss = l_simple(eps, eps_theta(x_t, t, label))            # 5:   take a gradient descent step
-        net.zero_grad()                                           #      on ∇_θ ‖ε − ε_θ(√ᾱ_t x_0 +
-        loss.backward()                                           #             √(1−ᾱ_t) ε, t)‖²
+        eps = torch.randn(x0.shape,                               # 4:   ε ~ N(0, I)
+                          generator=rng, device=rng.device)
+        x_t = q_sample(x0, t.reshape(-1, 1, 1, 1), eps, schedule)   #    x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε
+        loss = l_simple(eps, eps_theta(x_t, t, label))            # 5:   take a gradient descent step on
+        net.zero_grad()                                           #      ∇_θ ‖ε − ε_θ(x_t, t)‖²
+        loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
         for optimizer in run.optimizers:
             optimizer.step()
@@ -150,7 +152,8 @@ def predictor(run: Run, compile: bool) -> Callable:
 def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
           compile: bool = False) -> int:
     """Take steps until all are done, or a signal asks to stop; returns that signal, or 0."""
-    config, losses, report = run.config, [], reporter(run)
+    config, losses = run.config, []
+    report = reporter(run, evaluate.held_out_loss(run.ema, config, images, labels))
     # five times in all, but at least every 5,000 steps, and always with a new entry of the log
     save_every = LOG_EVERY * max(1, min(config.steps // 5, 5000) // LOG_EVERY)
     schedule = on_device(schedule_from(config), run.device)
@@ -160,9 +163,10 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
         done = run.step == config.steps
         if run.step % LOG_EVERY and not done:
             continue
-        stop = report(losses)
+        saving = done or run.step % save_every == 0
+        stop = report(losses, saving)
         losses = []
-        if done or stop or run.step % save_every == 0:
+        if saving or stop:
             run.save(folder)
             if done or not stop:
                 draw_samples(run, folder)
@@ -170,22 +174,26 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
             return 0 if done else stop
 
 
-def reporter(run: Run) -> Callable:
-    """report(losses): their mean, of all processes, into the log and one line; returns the signal
-    that asks this process, or another, to stop, or 0.
+def reporter(run: Run, held_out_loss: Callable) -> Callable:
+    """report(losses, saving): their mean, of all processes, and where the run is saved the loss on
+    held-out images go into the log and one line; returns the signal that asks this process, or
+    another, to stop, or 0.
     """
-    world, device, signals = devices.processes()[1], run.device, []
+    (rank, world), device, signals = devices.processes(), run.device, []
     console.on_stop(signals.append)                          # noted here, and acted on after a step
     progress = console.Progress(run.config.steps, run.step, run.config.batch)
 
-    def report(losses):
+    def report(losses, saving):
         loss = devices.over_all(torch.stack(losses).mean(), device).item() / world
-        if not np.isfinite(loss):
+        if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {run.step}: a smaller --lr or --muon-lr "
                              "may help")
-        run.log.append((run.step, loss))
+        held_out = held_out_loss() if saving and rank == 0 else math.nan
+        run.log.append((run.step, loss, held_out))
+        known = [each for *_, each in run.log if not math.isnan(each)]
         try:
-            progress(run.step, f"step {run.step} of {run.config.steps} · loss {loss:.4f}")
+            progress(run.step, f"step {run.step} of {run.config.steps} · loss {loss:.4f}"
+                     + (f" · held out {known[-1]:.4f}" if known else ""))
         except OSError:                  # stdout is closed, as by `| head`: a stop like Ctrl-C
             signals.append(console.SIGPIPE)
         return int(devices.over_all(max(signals, default=0), device, largest=True))

@@ -33,7 +33,7 @@ class Run:
         self.net = UNet(config).to(device)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.optimizers = optimizers(self.net, config.lr, config.beta2, config.muon_lr)
-        self.step, self.log = 0, []         # (step, mean loss of the steps since the last entry)
+        self.step, self.log = 0, []         # (step, mean loss since the last entry, held-out or NaN)
 
     def rng(self, step: int) -> torch.Generator:
         """The random numbers of one step.  They follow from the seed, the step and the process alone,
@@ -67,7 +67,7 @@ class Run:
                 print(f"begun on {metadata.get('device')}: on {self.device.type} the random "
                       "numbers are others from here on")
             self.step = int(metadata["step"])
-            self.log = [(int(step), loss) for step, loss in log.reshape(-1, 2).tolist()]
+            self.log = [(int(step), *losses) for step, *losses in log.reshape(-1, 3).tolist()]
 
     def save(self, folder: Path):
         """log.csv, the average alone in float16, to give away, and the checkpoint, in this order.
@@ -79,9 +79,9 @@ class Run:
                              "a smaller --lr or --muon-lr may help")
         if processes()[0] > 0:
             return
-        rows = [f"{step},{loss}\n" for step, loss in self.log]
+        rows = [",".join(map(str, row)).replace("nan", "") + "\n" for row in self.log]
         with atomic_write(folder / "log.csv") as file:
-            file.write("".join(["step,loss\n", *rows]).encode())
+            file.write("".join(["step,loss,held_out\n", *rows]).encode())
         half = {name: p.half() for name, p in self.ema.state_dict().items()}
         log = dict(log=torch.tensor(self.log, dtype=torch.float64))
         for name, tensors, config in ((NETWORK, half, replace(self.config, data=None)),

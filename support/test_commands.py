@@ -78,9 +78,12 @@ def test_training_says_what_it_does_and_the_loss_falls(trained, tiny):
         assert text in printed, text
     assert not errors and "\r" not in printed and known == 180
     rows = [line.split(",") for line in (out / "log.csv").read_text().split()]
-    losses = [float(loss) for _, loss in rows[1:]]
+    losses, held_out = [float(row[1]) for row in rows[1:]], [row[2] for row in rows[1:]]
     assert [row[0] for row in rows] == ["step", *(str(10 * k) for k in range(1, 11))]
     assert least < losses[-1] < losses[0] < 1.2 and losses[-1] < 0.5
+    assert [bool(loss) for loss in held_out] == 5 * [False, True]            # where it is saved
+    assert 0.5 < float(held_out[-1]) / losses[-1] < 2 and f"held out {float(held_out[-1]):.4f}" in (
+        printed.split("step 100 of 100")[1])
     for k in (20, 40, 60, 80, 100):
         assert decoded(out / f"step-{k:06}.png")[0].shape == (10 * 18 + 2, 10 * 18 + 2, 1)
 
@@ -127,14 +130,15 @@ def read_off(x_t, t, schedule):
 def test_the_network_is_trained_on_what_algorithm_1_says(coloured, call, watched):
     """Algorithm 1 in `python train.py`: x_0 from the training part, each with its own label, or
     none; each its own t and ε, at the noise level of its t; the loss in log.csv is theirs; dropout
-    is active; what is drawn then is the average's, without dropout.
+    is active; the average alone, without dropout, is what is tried on the images held out, whose
+    loss stands beside it, and what draws.
 
     Five standard errors of 640 images: a false alarm once in 10⁶; a share that is off by a tenth,
     and a noise level by 2%, are found.
     """
     assert call(train, "--data", coloured, "--steps", 10, "--batch", 64, "--flip", "--dropout", 0.2,
                 "--p-uncond", 0.25, *CLEAR, *SMALL)[0] == 0
-    steps, drawn = watched[:10], watched[10:]
+    steps, held_out, drawn = watched[:10], watched[10], watched[11:]
     schedule, losses, seen = ddpm.linear(4, 1e-6, 1e-6), [], []
     for step in steps:
         assert step.training and step.dropout == {0.2} and step.x_t.shape == (64, 3, 8, 8)
@@ -155,11 +159,16 @@ def test_the_network_is_trained_on_what_algorithm_1_says(coloured, call, watched
     similar = np.corrcoef(eps.reshape(640, -1)) - np.eye(640)
     assert np.abs(similar).max() < 0.5                                          # of 192 pixels
     row = [float(part) for part in Path("out/log.csv").read_text().split()[1].split(",")]
-    np.testing.assert_allclose(row, [10, np.mean(losses)], rtol=1e-4)
+    which, _, eps = read_off(held_out.x_t, held_out.t, schedule)
+    assert sorted(which) == files.split(40)[1].tolist() and held_out.t.tolist() == [1, 2, 3, 4]
+    assert held_out.label.tolist() == (which % 4).tolist()
+    held_out_loss = ((held_out.output.double().numpy() - eps) ** 2).mean()
+    np.testing.assert_allclose(row, [10, np.mean(losses), held_out_loss], rtol=1e-4)
     (run, saved_as), (shared, told) = (read_tensors(Path("out", f"{name}.safetensors"))
                                        for name in ("checkpoint", "network"))
     assert [config_from(each).data for each in (saved_as, told)] == [str(coloured), None]
     assert len(drawn) == 2 * 4 and not any(step.training for step in drawn)    # 64, then 36
+    assert torch.equal(held_out.bias, run["ema.conv_in.bias"]) and not held_out.training
     for step, first, last in zip(drawn, 4 * [0] + 4 * [64], 4 * [64] + 4 * [100]):
         assert torch.equal(step.bias, run["ema.conv_in.bias"])
         assert not torch.equal(step.bias, run["net.conv_in.bias"])
@@ -173,7 +182,7 @@ def test_a_picture_of_the_training_takes_ten_steps(coloured, call, watched, monk
     """Drawing: ten calls of the network at the squares of 1 .. 10, always from the same noise."""
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     call(train, "--data", coloured, "--steps", 2, "--batch", 100, *SMALL)
-    drawn = [step for step in watched if not step.training]
+    drawn = [step for step in watched if not step.training and len(step.x_t) == 100]
     assert [int(step.t[0]) for step in drawn] == 2 * [1000, 810, 640, 490, 360, 250, 160, 90, 40,
                                                       10]
     assert torch.equal(drawn[0].x_t, drawn[10].x_t)
@@ -199,7 +208,7 @@ def test_the_noise_is_that_of_the_schedule_that_was_named(named, schedule, call,
         assert step.t.min() >= 1 and schedule.T * 0.9 < step.t.max() <= schedule.T
     z = np.array(z)
     assert abs(z.mean()) < 5 / z.size ** 0.5 and abs(z.var() - 1) < 5 * (2 / z.size) ** 0.5
-    assert watched[3].t.tolist() == [schedule.T] * 100
+    assert watched[4].t.tolist() == [schedule.T] * 100
     l_T = posterior.bits_per_dim(posterior.L_T(-np.ones(1), schedule))
     assert f"T = {schedule.T}: L_T = {l_T:.3g} bits/dim" in text
     assert ("x_T IS NOT YET NOISE" in text) == (l_T > 0.01) == ("--beta-T" in named)

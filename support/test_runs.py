@@ -285,7 +285,8 @@ def test_two_processes_average_their_gradients(tiny, tmp_path, monkeypatch):
     assert len(set(seen)) == 60                                       # no number is drawn twice
     for name, tensor in run.tensors().items():
         assert torch.allclose(two[name], tensor, rtol=1e-3, atol=2e-4), name
-    assert two["log"].tolist() == [pytest.approx([10, sum(map(float, losses)) / 10], rel=1e-4)]
+    assert two["log"][:, :2].tolist() == [
+        pytest.approx([10, sum(map(float, losses)) / 10], rel=1e-4)]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="no multiple of 3"):
         patch.setenv("WORLD_SIZE", "3")
         open_run(Path("three"), CPU, dict(data=str(tiny), batch=16), resume=False)
