@@ -716,7 +716,7 @@ def test_the_density_at_t_1_is_a_term_of_l_simple(schedule, x0, eps, eps_hat, v)
                                             (beta_tilde(2, PAPER), "0.039")])
 def test_L_0_is_nearly_a_density(sigma2, excess):
     """Ho section 3.4: L_0 is larger than that density times the bin's width, 2/255, by 0.023 nats
-    (σ_1² = β_1) or 0.039 (β̃_2), if ε_θ is off by 0.3 on average; no bin is open.
+    (σ_1² = β_1) or 0.039 (β̃_2), if ε_θ is off by a noise of deviation 0.3; in no open bin.
     """
     error, weights = np.polynomial.hermite_e.hermegauss(31)               # N(0, 1) in 31 points
     mean = reverse_mean(0.0, 0.3 * error, 1, PAPER)
