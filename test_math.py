@@ -9,7 +9,7 @@ polynomials, and == says that both sides are the same one.  So the claim holds f
 every schedule, at t = 1 and at t = 2; and as no formula reads its tables but at t − 1 and t, which
 a test in the last section shows, at every t of every T.  What is a sum or a product over the steps
 is shown by induction: the claim is its step.  Where a claim says <, it is shown by coefficients
-that have one sign, and where it has logarithms, they are letters too (support/letters.py).
+that have one sign, and where it has logarithms, they are letters too (support/testing_letters.py).
 
 What is left is numeric: integrals, the exponential, figures of one schedule.  A tolerance has its
 reason beside it, and a published figure is compared as it is printed.  float64's own rounding of
@@ -40,7 +40,7 @@ from ddpm import (Schedule, cosine, draw, linear, log_normal, q_marginal, q_step
 from posterior import A1, A2, C, beta_tilde, kl, reverse_mean, reverse_step
 from support.config import Config, Sampling
 from support.data import split
-from support.letters import Letters
+from support.testing_letters import Letters
 from support.run import Run
 from support.testing import (ONE_STEP, PAPER, betas, evenly, images, in_letters, mean_of_quadratic,
                              moments, near, pixels, proved, schedules, tables)

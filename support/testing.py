@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from ddpm import Schedule
-from support.letters import POSITIVE, Letters
+from support.testing_letters import POSITIVE, Letters
 
 # ── Rounded numbers ───────────────────────────────────────────────────────────────────────────────
 
