@@ -30,7 +30,8 @@ def squared_errors(predict: Callable, schedule: Schedule, x0: Tensor, seed: int 
                    each: int = 32) -> tuple:
     """‖ε − ε_θ(x_t, t)‖² per pixel of `each` random images, (T+1, each), and μ_θ(x_1, 1) of all.
 
-    predict(x_t, t, i): ε_θ for images i of x0 (N, C, H, W).
+    predict(x_t, t, i): ε_θ for images i of x0 (N, C, H, W).  At t = 1 it sees all images, and the
+    row has the first of them.
     """
     rng = torch.Generator(x0.device).manual_seed(seed)
     errors = np.zeros((schedule.T + 1, each))
@@ -70,10 +71,10 @@ def bound(errors: np.ndarray, mean_0: np.ndarray, x0: np.ndarray, schedule: Sche
 
 
 def rate_distortion(errors: np.ndarray, x0: np.ndarray, schedule: Schedule) -> tuple:
-    """Of the receiver who knows x_t: Σ_{s>t} L_{s−1} + L_T, and the error of x̂_0    Ho section 4.3
+    """L_T + Σ_{s>t} L_{s−1}, and √(‖ε − ε_θ‖²/SNR_t): rate and distortion          Ho section 4.3
 
-    Returns two arrays, t = 0..T (index 0 is not used): bits per dimension sent so far, with
-    σ_t² = β_t; and the root mean square of x_0 − x̂_0, which is ‖ε − ε_θ‖²/SNR_t, in 0..255.
+    For each t, what a receiver of x_t has been sent, in bits per dimension with σ_t² = β_t, and how
+    far x̂_0 is off, the root mean square in 0..255.  Two arrays, t = 0..T; index 0 is not used.
     """
     t, sigma2 = np.arange(1, schedule.T + 1), posterior.reverse_variance("beta", schedule)
     matching, distortion = np.zeros((2, schedule.T + 1))
@@ -143,7 +144,7 @@ def held_out_loss(net, config: Config, images: np.ndarray, labels: np.ndarray | 
     """() → L_simple of the network on held-out images, with the same t and ε at each call  Ho (14)
 
     On up to 256 of them, fewer of larger images, with t spread evenly over 1..T.  NaN if there are
-    none.  Far above the loss of the training it says that the network has learned it by heart.
+    none.  Far above the loss of the training it shows images learned by heart.
     """
     chosen = split(len(images))[1][:min(256, max(1, 2 ** 22 // images[0].size))]
     schedule, rng = schedule_from(config), np.random.default_rng(config.seed)

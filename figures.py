@@ -20,7 +20,7 @@ from support.weights import load_network
 # ── Points in the plane ───────────────────────────────────────────────────────────────────────────
 
 def figure_2(points: int = 1000, steps: int = 200):
-    """x_0 → x_T → x_0 of points on a spiral, with the perfect network of these points.
+    """x_0 → x_T → x_0, for points on a spiral, with the perfect network of these points  Ho figure 2
 
     The second picture has the paths of twenty of them, by Algorithm 2 and by DDIM with η = 0.
     """
@@ -28,7 +28,7 @@ def figure_2(points: int = 1000, steps: int = 200):
     rng = np.random.default_rng(0)
     angle = 3 * np.pi * rng.uniform(0.05, 1, points) ** 0.5
     x0 = angle[:, None] / 5 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    noise, shown = partial(rng.standard_normal, x0.shape), range(0, steps + 1, steps // 6)
+    noise, shown = partial(rng.standard_normal, x0.shape), np.linspace(0, steps, 7).astype(int)
 
     def x0_theta(x_t, t):
         return posterior.best_x0(x_t, t, x0, schedule)
@@ -88,7 +88,8 @@ def figure_7(net, config: Config):
 def figure_9(net, config: Config, known: torch.Tensor):
     """x_t of two images, mixed 0 … 1 and decoded, a row for each t; each end beside them
 
-    The same ε noises both, and the same z decodes all of a row.               Ho figures 8, 9
+    Both are noised by one ε and all of a row decoded by the same z, so that a mix is as noisy as
+    its ends: that is ours.                                                    Ho figures 8, 9
     """
     weights, rows = torch.linspace(0, 1, 9, device=known.device).reshape(-1, 1, 1, 1), []
     for t in (config.T * eighths // 8 for eighths in (1, 2, 4, 6, 8)):

@@ -97,8 +97,8 @@ def reverse_variance(choice: str, schedule: Schedule) -> np.ndarray:
     """σ_t² = β_t ("beta") or β̃_t ("beta_tilde"), t = 0..T                           Ho section 3.2
 
     β_t is exact for data from N(0, I), β̃_t for a single image.  Algorithm 2 adds no noise at
-    t = 1, but the decoder L_0 needs a σ_1², and β̃_1 = 0 would make its density infinite: as in the
-    authors' code, both choices have β̃_2 there (β_1 if T = 1).
+    t = 1, but the decoder L_0 needs a σ_1², and β̃_1 = 0 would leave it no width: as in the authors'
+    code, both choices have β̃_2 there (β_1 if T = 1).
     >>> reverse_variance("beta_tilde", schedule_of([0.5, 0.5]))
     array([0.      , 0.333333, 0.333333])
     """
@@ -118,7 +118,7 @@ def kl(mean_1, variance_1, mean_2, variance_2):
     >>> kl(1.0, 2.0, 0.0, 1.0)
     0.653426
     """
-    ratio = variance_1 / variance_2          # near 1 the rounding is 1e-16 nats, whatever the KL is
+    ratio = variance_1 / variance_2                  # near 1 this rounds by 1e-16 |ratio − 1| nats
     return (ratio - 1 - log(ratio) + (mean_1 - mean_2) ** 2 / variance_2) / 2
 
 

@@ -4,13 +4,11 @@ Images are PyTorch tensors (B, C, H, W), on any device; a schedule is ddpm.py's,
 ddpm.py and posterior.py is that of NumPy's arrays too.  Down to "The command" this file needs those
 two, and nothing else of the repository.
 
-`python sample.py` is Algorithm 2: it draws 100 digits with the average of the weights in your last
-checkpoint, or else in the file that ships.  `python sample.py --sampler dpm --steps 20` does so in
-two seconds.
+`python sample.py` is Algorithm 2, with x̂_0 clipped as in its authors' code: it draws 100 digits with
+the average of the weights in your last checkpoint, or else in the file that ships.  `python sample.py
+--sampler dpm --steps 20` does so in two seconds.
 """
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -37,10 +35,11 @@ def algorithm_2(eps_theta: Callable, schedule: ddpm.Schedule, sigma2: np.ndarray
     """
     x_t = noise() if x_t is None else x_t                         # 1: x_T ~ N(0, I)
     yield x_t
-    for t in range(start or schedule.T, 0, -1):                   # 2: for t = T, …, 1 do
+    start = schedule.T if start is None else start
+    for t in range(start, 0, -1):                                 # 2: for t = T, …, 1 do
         z = noise() if t > 1 else 0                               # 3:   z ~ N(0, I) if t > 1, else 0
-        eps = eps_theta(x_t, t)                                   # 4:   x_{t−1} = 1/√α_t (x_t − β_t/
-        x_t = reverse_step(x_t, eps, t, z, sigma2[t], schedule)   #        √(1−ᾱ_t) ε_θ(x_t, t)) + σ_t z
+        eps = eps_theta(x_t, t)                                   # 4:   x_{t−1} = (x_t − β_t/√(1−ᾱ_t)
+        x_t = reverse_step(x_t, eps, t, z, sigma2[t], schedule)   #        ε_θ(x_t, t))/√α_t + σ_t z
         yield x_t                                                 # 5: end for
     # 6: return x_0, the last one
 
@@ -60,8 +59,8 @@ def x0_predictor(eps_theta: Callable, schedule: ddpm.Schedule, clip: bool = True
 def clipped(eps_theta: Callable, schedule: ddpm.Schedule) -> Callable:
     """ε = (x_t − √ᾱ_t x̂_0)/√(1−ᾱ_t) for x̂_0 kept in [-1, 1]                               Ho (15)
 
-    In place of ε_θ it moves the mean of Ho (11), which only has ε.  Algorithm 2 has no such line;
-    its authors' code has.
+    The ε for which Ho (15) gives the clipped x̂_0; in Ho (11) it gives the mean (7) at that x̂_0.
+    Algorithm 2 has no such line; its authors' code has.
     >>> clipped(lambda x_t, t: 0, ddpm.schedule_of([0.36]))(torch.tensor([2.0]), 1)
     tensor([2.0])
     """
@@ -80,7 +79,7 @@ def image_noise(seed: int, indices: range, shape: tuple, device) -> Callable:
         while True:                               # ten at a time: a GPU waits less for the host
             z = [stream.standard_normal((10, *shape), dtype=np.float32) for stream in streams]
             yield from torch.from_numpy(np.stack(z, axis=1)).to(device)
-    return draws().__next__
+    return partial(next, draws())
 
 
 # ── Fewer steps ───────────────────────────────────────────────────────────────────────────────────
@@ -111,7 +110,8 @@ def respaced(schedule: ddpm.Schedule, tau: np.ndarray) -> ddpm.Schedule:
     tau = np.asarray(tau)
     if tau[0] != 0 or np.any(np.diff(tau) < 1) or tau[-1] > schedule.T:
         raise ValueError(f"times must increase from 0 to at most {schedule.T}, not {tau.tolist()}")
-    log_alpha = np.add.reduceat(np.log1p(-schedule.beta[:tau[-1] + 1]), [0, *tau[:-1] + 1])
+    # ln ᾱ_t/ᾱ_s is the sum of ln α_u, s < u ≤ t: so no digits are lost
+    log_alpha = np.add.reduceat(np.log1p(-schedule.beta[:tau[-1] + 1]), [0, *(tau[:-1] + 1)])
     return ddpm.Schedule(-np.expm1(log_alpha), np.exp(log_alpha),
                          schedule.alpha_bar[tau], schedule.one_minus_alpha_bar[tau])
 
@@ -156,11 +156,11 @@ def ddim(x0_theta: Callable, schedule: ddpm.Schedule, eta: float, noise: Callabl
     """
     x_t, x0_prev = noise() if x_t is None else x_t, None
     yield x_t
-    for t in range(start or schedule.T, 0, -1):
+    for t in range(schedule.T if start is None else start, 0, -1):
         z = noise() if t > 1 else 0
         x0 = x0_theta(x_t, t)
         x_t = dpm_step(x_t, t, x0, x0_prev, z, schedule, eta)
-        x0_prev = x0 if multistep else None
+        x0_prev = x0 if multistep else None               # with no predecessor, the step is DDIM's
         yield x_t
 
 
@@ -199,7 +199,7 @@ def completed(walk: Callable, known: torch.Tensor, project: Callable, schedule: 
     yield x_t
     for t in range(schedule.T, 0, -1):
         for again in range(resample if t > 1 else 1):
-            if again:
+            if again:                           # x_t is x_{t−1} by now: back to t by Ho (2)
                 x_t = ddpm.draw(*ddpm.q_step(x_t, t, schedule), noise())
             _, x_prev = islice(walk(x_t, t), 2)
             known_prev = ddpm.q_sample(known, t - 1, noise(), schedule)
@@ -221,7 +221,7 @@ def default_weights() -> Path:
 
 def prediction(net, config, sampling, count: int, label=None) -> tuple:
     """ε_θ(x_t, t) of the network, guided, for `count` images with their labels (count,) or None;
-    and the schedule of the steps that are taken, which numbers its t.
+    and the respaced schedule: the t of this ε_θ is an index into it.
     """
     from support import config as settings, devices
 
@@ -246,7 +246,8 @@ def trajectory(eps_theta: Callable, schedule: ddpm.Schedule, sampling, noise: Ca
                known: torch.Tensor | None = None) -> Iterator:
     """x_T, …, x_0 by the sampler that the settings name.
 
-    known: images of which `sampling.keep` is kept, or which are noised to T and taken back.
+    known: images of which `sampling.keep` is kept, or which are noised to the schedule's last level,
+    `sampling.start`, and taken back.
     """
     from support import drawing
 
@@ -324,6 +325,9 @@ def known_images(sampling, config, device) -> tuple:
 
 
 def main():
+    import math
+    from dataclasses import replace
+
     from support import config as settings, console, devices, drawing, pictures, weights
 
     sampling = settings.Sampling(**vars(arguments().parse_args()))

@@ -4,7 +4,6 @@
 its weights.  `--data PATH` takes other images, `--resume` continues a stopped run, `torchrun
 --nproc_per_node=N train.py` uses N devices.
 """
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +28,7 @@ def algorithm_1(run: Run, eps_theta: Callable, next_batch: Callable,
                 schedule: Schedule) -> Iterator[torch.Tensor]:
     """Yields the loss of each step; the caller decides when to stop                     Algorithm 1
 
+    Lines without a number are not in the paper: the rate, the norm's limit, the average.
     run: its network, average and optimizers are changed in place.  next_batch(step) → (x_0, label).
     eps_theta(x_t, t, label): the network's prediction of ε.  schedule: its tables on the device.
     """
@@ -41,13 +41,13 @@ def algorithm_1(run: Run, eps_theta: Callable, next_batch: Callable,
         x0, label = next_batch(step)                              # 2:   x_0 ~ q(x_0)
         t = torch.randint(1, T + 1, x0.shape[:1],                 # 3:   t ~ Uniform({1, …, T})
                           generator=rng, device=rng.device)
-        t = stratified(t, T) if config.stratified else t
+        t = stratified(t, T) if config.stratified else t          #      (not the paper's)
         eps = torch.randn(x0.shape,                               # 4:   ε ~ N(0, I)
                           generator=rng, device=rng.device)
         x_t = q_sample(x0, t.reshape(-1, 1, 1, 1), eps, schedule)   #    x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε
         loss = l_simple(eps, eps_theta(x_t, t, label))            # 5:   take a gradient descent step on
-        net.zero_grad()                                           #      ∇_θ ‖ε − ε_θ(x_t, t)‖²
-        loss.backward()
+        net.zero_grad()
+        loss.backward()                                           #      ∇_θ ‖ε − ε_θ(x_t, t)‖²
         nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
         for optimizer in run.optimizers:
             optimizer.step()
@@ -60,8 +60,9 @@ def algorithm_1(run: Run, eps_theta: Callable, next_batch: Callable,
 def stratified(t: torch.Tensor, T: int) -> torch.Tensor:
     """t_k ← 1 + ⌊(k T + t_k − 1)/n⌋, k = 0, …, n − 1: one t from each n-th of 1..T
 
-    k T + t_k − 1 is any of n T numbers, so t is as uniform as before; but the mean loss over one
-    from each part varies less than over n independent ones: better digits, sooner.
+    Over all k and t_k the numbers k T + t_k − 1 are 0, …, n T − 1, each once, and n of them give
+    each t: a t of the batch is as uniform as before.  The mean loss over one from each part has the
+    same expectation as over n independent ones, and varies less.
     >>> stratified(torch.tensor([1, 1, 10, 10]), 10)
     tensor([ 1,  3,  8, 10])
     """
@@ -89,9 +90,9 @@ def set_rates(optimizers: list[torch.optim.Optimizer], scale: float):
 def update_ema(ema: nn.Module, net: nn.Module, step: int, decay: float):
     """θ_ema ← d θ_ema + (1 − d) θ,  d = min(decay, (1 + step)/(10 + step))
 
-    The second bound keeps the average young: it spans about the latest tenth of the steps, until d
-    reaches `decay` (0.999 after 8,990 steps).  With 0.999 from the first step on it would hold the
-    random weights that the network began with for thousands of steps.
+    Until d reaches `decay` (0.999 after 8,990 steps: not in the default 2,000) the average spans the
+    latest tenth of the steps.  A constant 0.999 would still give the random weights at the start a
+    share of 0.135 after 2,000.
     """
     d = min(decay, (1 + step) / (10 + step))
     for average, weight in zip(ema.parameters(), net.parameters()):
@@ -136,12 +137,11 @@ def on_device(schedule: Schedule, device) -> Schedule:
 def predictor(run: Run, compile: bool) -> Callable:
     """eps_theta(x_t, t, label): the run's network; DDP averages the gradients of all processes."""
     net, config = run.net, run.config
-    world = devices.processes()[1]
-    if world > 1:
-        launch = nn.parallel.DistributedDataParallel(net)
-    elif not compile:
+    launch = nn.parallel.DistributedDataParallel(net) if devices.processes()[1] > 1 else net
+    if compile:
+        launch = torch.compile(launch)
+    elif launch is net:
         launch = devices.graphed(net, run.device, config.batch, config, config.num_classes > 0)
-    launch = torch.compile(launch if world > 1 else net) if compile else launch
 
     def eps_theta(x_t, t, label):
         with devices.autocast(run.device, config.float32):
@@ -154,7 +154,7 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
     """Take steps until all are done, or a signal asks to stop; returns that signal, or 0."""
     config, losses = run.config, []
     report = reporter(run, evaluate.held_out_loss(run.ema, config, images, labels))
-    # five times in all, but at least every 5,000 steps, and always with a new entry of the log
+    # each fifth of the run, or each 5,000 steps if that is sooner, and always with a log entry
     save_every = LOG_EVERY * max(1, min(config.steps // 5, 5000) // LOG_EVERY)
     schedule = on_device(schedule_from(config), run.device)
     next_batch = batches(images, labels, config, run.device)
@@ -175,9 +175,8 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
 
 
 def reporter(run: Run, held_out_loss: Callable) -> Callable:
-    """report(losses, saving): their mean, of all processes, and where the run is saved the loss on
-    held-out images go into the log and one line; returns the signal that asks this process, or
-    another, to stop, or 0.
+    """report(losses, saving): log their mean over all processes and, when saving, the average's loss
+    on held-out images; print one line.  Returns the signal that asks any process to stop, or 0.
     """
     (rank, world), device, signals = devices.processes(), run.device, []
     console.on_stop(signals.append)                          # noted here, and acted on after a step
@@ -185,12 +184,12 @@ def reporter(run: Run, held_out_loss: Callable) -> Callable:
 
     def report(losses, saving):
         loss = devices.over_all(torch.stack(losses).mean(), device).item() / world
-        if not math.isfinite(loss):
+        if not np.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {run.step}: a smaller --lr or --muon-lr "
                              "may help")
-        held_out = held_out_loss() if saving and rank == 0 else math.nan
+        held_out = held_out_loss() if saving and rank == 0 else np.nan
         run.log.append((run.step, loss, held_out))
-        known = [each for *_, each in run.log if not math.isnan(each)]
+        known = [held for _, _, held in run.log if not np.isnan(held)]
         try:
             progress(run.step, f"step {run.step} of {run.config.steps} · loss {loss:.4f}"
                      + (f" · held out {known[-1]:.4f}" if known else ""))

@@ -183,35 +183,35 @@ class UNet(nn.Module):
     def add_levels(self, height: int, c_time: int):
         """Down, halving between the levels; the middle; up again, with a skip for each block.
 
-        With levels of c, 2c channels and one block each, (channels in → out) x height:
-            down    block (c → c) x h,   halve (c) x h/2,   block (c → 2c) x h/2
-            middle  block (2c → 2c) x h/2, twice
-            up      block (2c + 2c → 2c), block (2c + c → 2c) x h/2,   double (2c) x h,
-                    block (2c + c → c), block (c + c → c) x h
+        With levels of c, 2c channels and one block each, at the image's full height or at half:
+            down    full: block c → c            half: halve c, block c → 2c
+            middle                               half: block 2c → 2c, twice
+            up      half: block 2c + 2c → 2c, block 2c + c → 2c
+                    full: double 2c, block 2c + c → c, block c + c → c
         """
         a = self.architecture
-        widths = [a.model_channels * mult for mult in a.channel_mult]
-        attended = [height >> level in a.attention_resolutions for level in range(len(widths))]
-        width, skips = a.model_channels, [a.model_channels]      # of h so far; of what is kept
+        channels = [a.model_channels * mult for mult in a.channel_mult]
+        attended = [(height >> level) in a.attention_resolutions for level in range(len(channels))]
+        c, skips = a.model_channels, [a.model_channels]          # channels now; those of each skip
 
         def block(c_in, c_out, attention):
             return Block(c_in, c_out, c_time, a.num_groups, a.dropout, attention)
-        for level, c_out in enumerate(widths):
+        for level, c_out in enumerate(channels):
             if level > 0:
-                self.down.append(Downsample(width))
-                skips.append(width)
+                self.down.append(Downsample(c))
+                skips.append(c)
             for _ in range(a.num_res_blocks):
-                self.down.append(block(width, c_out, attended[level]))
-                width = c_out
-                skips.append(width)
-        self.middle.extend([block(width, width, attention=True),
-                            block(width, width, attention=False)])
-        for level, c_out in reversed(list(enumerate(widths))):
+                self.down.append(block(c, c_out, attended[level]))
+                c = c_out
+                skips.append(c)
+        self.middle.extend([block(c, c, attention=True),
+                            block(c, c, attention=False)])
+        for level, c_out in reversed(list(enumerate(channels))):
             for _ in range(a.num_res_blocks + 1):
-                self.up.append(block(width + skips.pop(), c_out, attended[level]))
-                width = c_out
+                self.up.append(block(c + skips.pop(), c_out, attended[level]))
+                c = c_out
             if level > 0:
-                self.up.append(Upsample(width))
+                self.up.append(Upsample(c))
 
     def initialise(self):
         """As the paper's authors: variance 1/fan_avg, and each residual branch begins as zero."""
@@ -233,8 +233,8 @@ class UNet(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         temb = self.time_mlp(time_embedding(t, self.architecture.model_channels))   # (B, 4c)
         if self.label_table is not None:
-            none = torch.full_like(t, self.architecture.num_classes)
-            temb = temb + F.embedding(none if label is None else label, self.label_table)
+            null = torch.full_like(t, self.architecture.num_classes)
+            temb = temb + F.embedding(null if label is None else label, self.label_table)
 
         # Convolutions are fastest in the channels-last layout, and what follows keeps it.
         patch = self.architecture.patch_size
