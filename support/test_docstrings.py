@@ -11,7 +11,8 @@ import posterior
 import sample
 import train
 from support.config import PRESETS
-from test_math import Exact, exactly, near
+from support.testing import near, proved
+from support.testing_letters import Letters
 from unet import time_embedding
 
 
@@ -33,7 +34,7 @@ def value_of(formula, symbols):
 def symbols_at(schedule, t, **named):
     """The values of ᾱ_t, α_t, … and of the other symbols of the formulas."""
     return {"ᾱ_{t−1}": schedule.alpha_bar[t - 1], "ᾱ_t": schedule.alpha_bar[t],
-            "α_t": schedule.alpha[t], "β_t": schedule.beta[t], "½": Exact(1, 2),
+            "α_t": schedule.alpha[t], "β_t": schedule.beta[t], "½": Letters.of(0.5),
             "β̃_t": posterior.beta_tilde(t, schedule), "A1": posterior.A1(t, schedule),
             "A2": posterior.A2(t, schedule), **named}
 
@@ -46,11 +47,12 @@ SYMBOLS = dict(x_prev="x_{t−1}", x0="x_0", x0_hat="x̂_0", x_t="x_t", eps="ε"
                mu_tilde="μ̃", sigma2="σ_t²", variance_0="Var x_0", score_t="∇ log q(x_t)")
 
 
-@exactly(first=2)
-def test_a_docstring_s_formula_is_what_is_computed(schedule, t, number):
+@proved(first=2)
+def test_a_docstring_s_formula_is_what_is_computed(
+        schedule, t, x_prev, x0, x0_hat, x_t, eps, eps_hat, mu, mu_tilde, sigma2, variance_0, score_t):
     """Docstrings: the formula in the first line, read as it stands, gives what the function gives.
     """
-    given = {name: number() for name in SYMBOLS} | dict(schedule=schedule, t=t)
+    given = {**locals()}
     symbols = symbols_at(schedule, t, **{SYMBOLS[name]: given[name] for name in SYMBOLS})
     symbols |= {"C_t": posterior.C(t, given["sigma2"], schedule), "E[ε | x_t]": given["eps"]}
     for function in FORMULAS:
@@ -121,11 +123,11 @@ def test_the_formulas_beside_the_paper_are_what_is_computed():
         np.testing.assert_allclose(found, claimed, rtol=1e-6)
 
 
-@exactly(first=2)
-def test_the_posterior_is_derived_as_the_comment_says(schedule, t, number):
+@proved(first=2)
+def test_the_posterior_is_derived_as_the_comment_says(schedule, t, x_prev, x0, x_t):
     """Ho (6, 7), V8: the comment above beta_tilde, line by line, with exact numbers."""
     comment = "\n".join(re.findall("^#(.*)", inspect.getsource(posterior), re.M))
-    x_prev, symbols = number(), symbols_at(schedule, t, **{"x_0": number(), "x_t": number()})
+    symbols = symbols_at(schedule, t, x_0=x0, x_t=x_t)
     exponent = re.search(r"= exp (−½ \[.*\])", comment)[1].replace("−½", "")
     P, P_again, left, right = re.search(
         r"P = (.*?) = (.*?) +\[(.*) = (.*)\]", comment).groups()
@@ -133,7 +135,7 @@ def test_the_posterior_is_derived_as_the_comment_says(schedule, t, number):
     for said in (P_again, f"{P} + {left} − ({right})", "(1−ᾱ_t)/(1−ᾱ_t)" + f" ({P})"):
         assert value_of(said, symbols) == value_of(P, symbols)
     P, R = value_of(P, symbols), value_of(R, symbols)
-    square, at_0 = (value_of(exponent, symbols | {"x_{t−1}": x}) for x in (x_prev, Exact(0)))
+    square, at_0 = (value_of(exponent, symbols | {"x_{t−1}": x}) for x in (x_prev, Letters.of(0)))
     assert square - at_0 == P * x_prev ** 2 - 2 * R * x_prev
     assert "−½ [ P x_{t−1}² − 2 R x_{t−1} + … ]" in comment
     assert "The variance is 1/P = β̃_t, and the mean R/P = A1 x_t + A2 x_0" in comment

@@ -1,4 +1,4 @@
-"""The pages against the code; and the exercises."""
+"""The pages against the code."""
 import ast
 import collections
 import gzip
@@ -7,9 +7,6 @@ import inspect
 import pickle
 import re
 import shlex
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,12 +19,11 @@ import evaluate
 import posterior
 import sample
 import train
-from support import exercises
 from support.config import PRESETS, Sampling
 from support.data import load, split, to_pixels
 from support.test_data import decoded, idx
 from support.test_docstrings import symbols_at, value_of
-from test_math import exactly
+from support.testing import proved
 from unet import PAPER, UNet, parameters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -363,75 +359,20 @@ def test_the_formulas_of_the_reading_guide_are_those_of_the_docstrings():
     assert of_page == of_docstring and len(of_page) > 35
 
 
-@exactly()
-def test_five_names_of_one_prediction(schedule, t, number):
+@proved
+def test_five_names_of_one_prediction(schedule, t, x0, other, x_t):
     """READING: ε, x̂_0, the score, v and the velocity of flow matching: each is what its row says,
     leads back to x_0, and has its squared error; and the straight path is x_t, scaled.
     """
-    a, s, both = schedule.alpha_bar[t] ** 0.5, schedule.one_minus_alpha_bar[t] ** 0.5, []
-    for x0, x_t in ((number(), number()),) * 2:
-        names = dict(a=a, s=s, x0=x0 if not both else number(), x_t=x_t)
-        names["eps"] = ddpm.eps_from_x0(x_t, t, names["x0"], schedule)
-        both.append(names)
-    ours, other = both
+    a, s = schedule.alpha_bar[t] ** 0.5, schedule.one_minus_alpha_bar[t] ** 0.5
+    both = [dict(a=a, s=s, x_t=x_t, x0=each, eps=ddpm.eps_from_x0(x_t, t, each, schedule))
+            for each in (x0, other)]
     snr, rows = ddpm.snr(t, schedule), rows_of(READING, "One prediction, five names")
     assert len(rows) == 5
     for name, (_, definition, back, weight) in zip(("eps", "x0", "score", "v", "u"), rows):
         definition, back, weight = (cell.strip("`") for cell in (definition, back, weight))
         found, theirs = (eval(definition, names) for names in both)
-        assert eval(back, ours | {name: found}) == ours["x0"], name
-        assert (found - theirs) ** 2 == eval(weight, dict(snr=snr, s=s)) * (
-            ours["x0"] - other["x0"]) ** 2, name
+        assert eval(back, both[0] | {name: found}) == x0, name
+        assert (found - theirs) ** 2 == eval(weight, dict(snr=snr, s=s)) * (x0 - other) ** 2, name
     r = s / (a + s)
-    assert (1 - r) * ours["x0"] + r * ours["eps"] == ours["x_t"] / (a + s)
-
-
-# ── Write it yourself ─────────────────────────────────────────────────────────────────────────────
-
-def test_the_exercises_are_ours_without_the_equations(call):
-    """Exercises: every tagged function is blank, its docstring and all the rest are kept; what a
-    reader has written is never overwritten.
-    """
-    status, text, _ = call(exercises, "mine")
-    assert status == 0
-    for name in exercises.FILES:
-        ours, theirs = ((folder / name).read_text(encoding="utf-8")
-                        for folder in (ROOT, Path("mine")))
-        blank = [name for name, _ in exercises.tagged(ours)]
-        assert theirs.count(exercises.BLANK) == len(blank) > 5
-        assert f"{Path('mine', name)}: {len(blank)} functions to write" in text
-        for before, after in zip(exercises.tagged(ours), exercises.tagged(theirs), strict=True):
-            assert ast.unparse(before[1].args) == ast.unparse(after[1].args)
-            assert ast.get_docstring(before[1]) == ast.get_docstring(after[1])
-        docs = {node.name: ast.get_docstring(node) or "" for node in ast.parse(ours).body
-                if hasattr(node, "name")}                        # an expected value beside each
-        assert all(">>> " in docs[each.split(".")[0]] for each in blank if each != "generate")
-        formulas = {node.name for node in ast.parse(ours).body if isinstance(node, ast.FunctionDef)
-                    and "Ho (" in (ast.get_docstring(node) or "").split("\n")[0]}
-        assert formulas <= {*blank} and exercises.BLANK not in ours
-        assert (Path("mine/ours") / name).read_text(encoding="utf-8") == ours
-    status, _, errors = call(exercises, "mine")
-    assert status == 2 and "is there already" in errors
-
-
-def test_what_a_reader_fills_in_is_marked_by_itself(call):
-    """Exercises: one function right, in other words than ours, and two wrong: those two alone are
-    marked wrong, and the others wait.
-    """
-    call(exercises, "mine")
-    blank = f"    {exercises.BLANK}\n"
-    for file, name, body in (
-            ("ddpm.py", "q_sample", "kept = np.sqrt(schedule.alpha_bar[t])\n    return kept * x0 + "
-             "schedule.one_minus_alpha_bar[t] ** 0.5 * eps"),
-            ("ddpm.py", "q_marginal", "import math\n    return math.sqrt(schedule.alpha_bar[t])"
-             " * x0, 1 - schedule.alpha_bar[t]"),
-            ("unet.py", "time_embedding", "return torch.zeros(len(t), width)")):
-        head, rest = re.split(rf"(?=def {name}\()", Path("mine", file).read_text("utf-8"))
-        Path("mine", file).write_text(head + rest.replace(blank, f"    {body}\n", 1), "utf-8")
-    done = subprocess.run([sys.executable, "-m", "pytest"], cwd="mine", capture_output=True,
-                          text=True)
-    assert done.returncode == 1
-    assert re.findall(r"py: (\w+)\] (PASSED|FAILED)", done.stdout) == [
-        ("q_marginal", "FAILED"), ("q_sample", "PASSED"), ("time_embedding", "FAILED")], done.stdout
-    assert "write sqrt(x)" in done.stdout or "it loses digits" in done.stdout
-    shutil.rmtree("mine")
+    assert (1 - r) * x0 + r * both[0]["eps"] == x_t / (a + s)
