@@ -4,6 +4,7 @@
 training images, and with yours, from the same noise; it prints the three terms of the bound for
 held-out images, and how near what is drawn comes to the images of the training.
 """
+import support                             # first: Ctrl-C while the rest is imported is quiet
 import copy
 from collections.abc import Callable
 

@@ -334,6 +334,8 @@ def main():
     device, out = devices.choose_device(sampling.device), Path(sampling.out)
     path = sampling.weights or default_weights()
     net, config = weights.load_network(path, device)
+    if out.suffix == ".png" and config.image_shape[0] not in (1, 3):
+        raise ValueError(f"images of {config.image_shape[0]} channels are no .png: name an .npz")
     labels = drawing.labels_for(sampling, config.num_classes)
     columns = math.ceil(sampling.n ** 0.5)
     if labels is not None and sampling.label == "each":

@@ -4,6 +4,7 @@
 its weights.  `--data PATH` takes other images, `--resume` continues a stopped run, `torchrun
 --nproc_per_node=N train.py` uses N devices.
 """
+import support                             # first: Ctrl-C while the rest is imported is quiet
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -152,6 +153,9 @@ def predictor(run: Run, compile: bool) -> Callable:
 def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
           compile: bool = False) -> int:
     """Take steps until all are done, or a signal asks to stop; returns that signal, or 0."""
+    if run.step >= run.config.steps:                # a complete run, whose picture may be missing
+        draw_samples(run, folder)
+        return 0
     config, losses = run.config, []
     report = reporter(run, evaluate.held_out_loss(run.ema, config, images, labels))
     # each fifth of the run, or each 5,000 steps if that is sooner, and always with a log entry
@@ -167,9 +171,7 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
         stop = report(losses, saving)
         losses = []
         if saving or stop:
-            run.save(folder)
-            if done or not stop:
-                draw_samples(run, folder)
+            run.save(folder, draw_samples if done or not stop else None)
         if done or stop:
             return 0 if done else stop
 
@@ -244,8 +246,8 @@ def main():
     device = devices.start_processes(asked.device, asked.deterministic)
     if "preset" in how:
         settings["preset"] = asked.preset
-    run, images, labels = open_run(out, device, settings, asked.resume)
     with lock(out):
+        run, images, labels = open_run(out, device, settings, asked.resume)
         announce(run, images, labels)
         stopped = train(run, images, labels, out, asked.compile)
     if stopped:

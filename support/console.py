@@ -1,6 +1,5 @@
 """What a user sees: progress in one line, errors in one line."""
 import argparse
-import io
 import os
 import re
 import shutil
@@ -10,7 +9,6 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
-from pathlib import Path
 
 SIGPIPE = 13                                # Python on Windows has no name for it
 
@@ -28,14 +26,19 @@ def on_stop(handle: Callable):
             signal.signal(number, first)
 
 
-def quoted(path: Path) -> str:
+def one_line(text: object, most: int = 400) -> str:
+    """A text that may be a stranger's, as it can be shown: one line, printable, not too long."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))[:most]
+
+
+def quoted(path: object) -> str:
     """The path as an argument of a command, for any shell."""
     return f'"{path}"' if " " in str(path) else str(path)
 
 
 def refuse(message: object):
     """One line on stderr, and the end with status 2."""
-    print(f"{Path(sys.argv[0]).name}: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{os.path.basename(sys.argv[0])}: {one_line(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -44,18 +47,26 @@ def run_script(main: Callable, description: str | None = None):
 
     description: the text of --help, for a script that has no options.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")   # closed, as by >&-
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")               # for terminals that have no ε
+        setattr(sys, name, stream)
     on_stop(lambda number: sys.exit(128 + number))
+    rank = int(os.environ.get("RANK", 0))
     try:
         if description:
             argparse.ArgumentParser(description=description, formatter_class=argparse.
                                     RawDescriptionHelpFormatter).parse_args()
-        first = int(os.environ.get("RANK", 0)) == 0            # of several: it speaks for all
-        with (open(os.devnull, "w") as nothing, redirect_stdout(sys.stdout if first else nothing),
-              redirect_stderr(sys.stderr if first else nothing)):
-            main()
+        try:
+            with (open(os.devnull, "w") as quiet, redirect_stdout(quiet if rank else sys.stdout),
+                  redirect_stderr(quiet if rank else sys.stderr)):
+                main()
+        except BaseException:
+            if rank:                         # The first of several processes speaks for all.  Then
+                on_stop(lambda number: os._exit(128 + number))         # the launcher ends the rest,
+                time.sleep(5)                                  # and who is still there speaks too.
+            raise
     except BrokenPipeError:                                    # nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + SIGPIPE) from None
@@ -65,11 +76,11 @@ def run_script(main: Callable, description: str | None = None):
     except (MemoryError, RuntimeError) as error:               # torch has a RuntimeError for it
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             refuse(f"--compile does not work here: {str(error).splitlines()[0]}")
+        if re.search("gloo|NCCL", str(error)):
+            refuse(f"another of the processes has ended: {error}")
         if isinstance(error, RuntimeError) and not re.search("alloc|of memory", str(error)):
             raise
-        size = re.search(r"allocate ([\d.]+ \w+)", str(error))
-        refuse(f"not enough memory{f' for {size[1]} more' if size else ''}: a smaller --batch, a "
-               "larger --patch-size or a smaller network needs less")
+        refuse("not enough memory: a smaller --batch or network or larger --patch-size needs less")
 
 
 class Progress:

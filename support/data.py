@@ -1,7 +1,7 @@
 """Images in: the digits that ship, IDX files, .npz and .npy.
 
-Bytes 0..255 become pixels in [-1, 1] here, and go back in pictures.py.  No file is trusted: a size
-is believed only after it was compared with the bytes that are there, and nothing is unpickled.
+Bytes 0..255 become pixels in [-1, 1] here, and go back in pictures.py.  No file is trusted: nothing
+is read that is larger than LARGEST, and nothing is unpickled.
 """
 import contextlib
 import gzip
@@ -12,10 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
+from support.console import one_line
+
 DIGITS = Path(__file__).resolve().parents[1] / "assets" / "digits.npz"
-LARGEST = 4 << 30              # bytes that an .npz may unpack to; an .npy is read in place instead
+LARGEST = 4 << 30              # bytes that are read into memory
 # What the two arrays of an .npz are called, in the order of preference.
-NAMES = (("images", "labels"), ("x_train", "y_train"), ("train_images", "train_labels"))
+NAMES = (("images", "labels"), ("x_train", "y_train"), ("train_images", "train_labels"),
+         ("arr_0", "arr_1"))
+TOO_LARGE = "too large: save images.npy and, beside it, labels.npy, which are read in place"
 
 
 def to_pixels(images):
@@ -31,38 +35,31 @@ def to_batch(images):
 def load(path: str | Path | None = None, with_labels: bool = True) -> tuple:
     """Images (N, H, W, C) uint8 and their labels (N,) int64, or None.
 
-    path: an .npz or .npy of uint8 images N x H x W or N x H x W x C; an IDX file, plain or gzipped,
-    its labels beside it under the authors' name; or None, for the digits that ship.
-    An .npy is memory-mapped and may be larger than memory.
-    Labels with gaps are numbered anew: EMNIST's letters, 1 to 26, become 0 to 25.
+    path: an .npz or .npy of uint8 images N x H x W or N x H x W x C, or an IDX file, plain or
+    gzipped; or None, for the digits that ship.  Labels lie in an .npz, or beside the others under
+    the same name with "labels" for "images".  An .npy may be larger than memory.
+    Labels are numbered from 0 without gaps, which is told: EMNIST's letters 1 .. 26 become 0 .. 25.
     Raises ValueError or OSError, saying what to do.
     """
     path = Path(path or DIGITS)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: name the file of images in it; READING.md shows how "
-                         "to make one of pictures")
-    read = read_numpy if path.suffix in (".npy", ".npz") else read_idx
-    images, labels = read(path)
-    if not (images.dtype == np.uint8 and images.ndim in (3, 4) and images.size
-            and images.shape[3:] in ((), (1,), (3,))):
-        raise ValueError(f"{path} must hold uint8 images N x H x W, or N x H x W x 1 or 3, not "
-                         f"{images.dtype} {images.shape}: READING.md has recipes")
-    if images.ndim == 3 and images.shape[2] == 3:
-        raise ValueError(f"{path} holds one image of {images.shape}, or many that are 3 pixels wide"
-                         ": save it as 1 x H x W x 3 or as N x H x 3 x 1")
-    if labels is not None and with_labels:
-        labels = checked_labels(path, labels, len(images))
-    return images.reshape(*images.shape[:3], -1), labels if with_labels else None
-
-
-def checked_labels(path: Path, labels: np.ndarray, count: int) -> np.ndarray:
-    """The labels as (N,) int64, numbered from 0 without gaps.  Raises ValueError for others."""
-    if labels.dtype.kind not in "iu" or labels.shape not in ((count,), (count, 1)):
-        raise ValueError(f"{path}: the labels of {count} images must be {count} whole numbers, "
-                         f"not {labels.dtype} {labels.shape}; or leave them out with --no-labels")
-    if not 0 <= labels.min() <= labels.max() <= 9999:
-        raise ValueError(f"{path}: labels must be 0 .. 9999, not {labels.min()} .. {labels.max()}")
-    return np.unique(labels.reshape(-1), return_inverse=True)[1]
+        raise ValueError(f"{path} is a folder: name a file; DATA.md makes one of pictures")
+    with parsing(path, "images"):
+        images, labels = read(path, with_labels)
+        if not (images.dtype == np.uint8 and images.ndim in (3, 4) and images.size
+                and images.shape[3:] in ((), (1,), (3,)) and images.shape[2:] != (3,)):
+            raise ValueError("needed are uint8 images, N x H x W (W not 3) or N x H x W x 1 or 3: "
+                             f"DATA.md makes them; it holds {images.dtype} {images.shape}")
+        images, n = images.reshape(*images.shape[:3], -1), len(images)
+        if labels is None:
+            return images, None
+        if labels.dtype.kind not in "iu" or labels.shape not in ((n,), (n, 1)):
+            raise ValueError(f"the labels of {n} images must be {n} whole numbers (--no-labels "
+                             f"leaves them out), not {labels.dtype} {labels.shape}")
+    theirs, labels = np.unique(labels, return_inverse=True)
+    if (theirs[0], theirs[-1]) != (0, len(theirs) - 1):
+        print(f"labels {theirs[0]} .. {theirs[-1]} become 0 .. {len(theirs) - 1}, in their order")
+    return images, labels.reshape(-1)
 
 
 def split(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,48 +101,51 @@ def held_out_images(path: str | Path | None, config, least: int, most: int) -> t
 
 @contextlib.contextmanager
 def parsing(path: Path, kind: str):
-    """Turn whatever bad bytes lead to into one ValueError: zipfile, NumPy and JSON have many."""
+    """Turn whatever bad bytes lead to into one OSError: zipfile, NumPy and JSON have many."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                    # NumPy's, of a damaged header
             yield
     except Exception as error:
         if isinstance(error, MemoryError) or isinstance(error, OSError) and error.filename:
-            raise                                              # too large, or missing: not damaged
-        reason = " ".join((str(error) or type(error).__name__).split())[:200]
-        raise ValueError(f"{path} is not {kind}, or it is damaged: {reason}") from None
+            raise                                              # too large, missing, or told already
+        if isinstance(error, (LookupError, TypeError, AttributeError)):
+            error = f"a part of it is missing or of another type: {error}"
+        raise OSError(0, f"cannot be read as {kind}: {one_line(error, 180)}", str(path)) from None
 
 
-def read_numpy(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """An .npy, memory-mapped: only what is used is read; or two arrays of an .npz, by their names.
-    """
-    with parsing(path, "an .npy or .npz of images"):
-        if path.suffix == ".npy":
-            return np.lib.format.open_memmap(path, mode="r"), None
+def read(path: Path, with_labels: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """The images of a file, and the labels in it, by their names, or beside it."""
+    if path.suffix.lower() == ".npz":
         with zipfile.ZipFile(path) as archive, np.load(path) as found:
             if sum(member.file_size for member in archive.infolist()) > LARGEST:
-                raise ValueError("it is too large: save the images as .npy, which is read in place")
-            for images, labels in NAMES:
-                if images in found:
-                    return found[images], found[labels] if labels in found else None
-            raise ValueError(f"it holds {', '.join(found) or 'nothing'}: save the images as "
-                             "`images` and their labels as `labels`")
+                raise ValueError(TOO_LARGE)
+            for pair in NAMES:
+                if pair[0] in found:               # a member that is no array comes as its bytes
+                    names = pair if with_labels and pair[1] in found else pair[:1]
+                    return (*(np.asarray(found[name]) for name in names), None)[:2]
+            raise ValueError("save the images as `images` and their labels as `labels`; it holds "
+                             f"{', '.join(found) or 'nothing'}")
+    images, name = read_array(path), path.name.replace("images", "labels").replace("idx3", "idx1")
+    for labels in map(path.with_name, (name.removesuffix(".gz"), name, name + ".gz")):
+        if with_labels and name != path.name and labels.exists():
+            with parsing(labels, "labels"):
+                return images, read_array(labels)
+    return images, None
 
 
-def read_idx(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """The images of an IDX file, and the labels that lie beside it, plain or gzipped."""
-    name = path.name.replace("images", "labels").replace("idx3", "idx1").removesuffix(".gz")
-    beside = [path.with_name(name), path.with_name(name + ".gz")]
-    labels = next((idx_array(p) for p in beside if p.exists() and p != path), None)
-    return idx_array(path), labels
+def read_array(path: Path) -> np.ndarray:
+    """An .npy, memory-mapped: only what is used is read; or an IDX file, plain or gzipped.
 
-
-def idx_array(path: Path) -> np.ndarray:
-    """IDX: 0, 0, 8 for uint8, the number of dimensions, each as a big-endian int32, the bytes."""
-    with parsing(path, "an IDX, .npz or .npy file"):
-        body = path.read_bytes()
-        body = gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body
-        if body[:4] not in (b"\0\0\x08\x01", b"\0\0\x08\x03"):
-            raise ValueError("it does not begin like one; READING.md has recipes for other formats")
-        shape = np.frombuffer(body, ">u4", body[3], 4)
-        return np.frombuffer(body, np.uint8, offset=4 + shape.nbytes).reshape(shape)
+    IDX: 0, 0, 8 for uint8, the number of dimensions, each as a big-endian int32, the bytes.
+    """
+    if path.suffix.lower() == ".npy":
+        return np.lib.format.open_memmap(path, mode="r")
+    with open(path, "rb") as file:
+        file = gzip.open(file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+        if file.read(3) != b"\0\0\x08":
+            raise ValueError("it is no IDX, .npz or .npy file; DATA.md has recipes for others")
+        shape = np.frombuffer(file.read(4 * file.read(1)[0]), ">u4")
+        if (size := np.prod(shape, dtype=object)) > LARGEST:
+            raise ValueError(TOO_LARGE)
+        return np.frombuffer(file.read(size + 1), np.uint8).reshape(shape)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from support.config import Sampling
-from support.data import read_numpy
+from support.data import parsing, read
 
 QUARTERS = {"left": (0, 4, 0, 2), "right": (0, 4, 2, 4), "top": (0, 2, 0, 4),
             "bottom": (2, 4, 0, 4), "centre": (1, 3, 1, 3)}        # rows from, to; columns from, to
@@ -46,7 +46,8 @@ def projection(keep: str, height: int, width: int) -> Callable[[Tensor], Tensor]
         top, bottom, left, right = QUARTERS[keep]
         mask[height * top // 4:height * bottom // 4, width * left // 4:width * right // 4] = 1
     else:
-        found, _ = read_numpy(Path(keep))
+        with parsing(Path(keep), "a mask"):
+            found, _ = read(Path(keep), with_labels=False)
         if found.shape != (height, width) or not np.isin(found, (0, 1)).all():
             raise ValueError(f"{keep} must be an array of {height} x {width} zeros and ones, 1 where "
                              f"the image is kept, not {found.dtype} {found.shape}")

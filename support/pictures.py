@@ -37,7 +37,8 @@ def atomic_write(path: str | Path):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):             # in a folder that cannot be written to
+            beside.unlink()
         if isinstance(error, OSError) and error.filename in (None, str(beside)):
             error.filename = str(path)
         raise
@@ -66,7 +67,7 @@ def encode_png(frames: list[np.ndarray]) -> bytes:
         return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
 
     height, width = frames[0].shape[:2]
-    colour = 2 if frames[0].size == 3 * height * width else 0
+    colour = {1: 0, 3: 2}[frames[0].size // (height * width)]
     packed = [zlib.compress(np.insert(frame.reshape(height, -1), 0, 0, axis=1).tobytes(), 9)
               for frame in frames]
     body = chunk(b"IDAT", packed[-1])

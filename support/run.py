@@ -1,7 +1,8 @@
 """A training run: begun, saved, and resumed exactly."""
-import contextlib
 import copy
 import json
+import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,11 +16,6 @@ from support.muon import optimizers
 from support.pictures import atomic_write
 from support.weights import config_from, read_tensors, write_tensors
 from unet import UNet
-
-try:
-    import fcntl
-except ImportError:                         # Windows
-    fcntl = None
 
 CHECKPOINT, NETWORK = "checkpoint.safetensors", "network.safetensors"
 
@@ -63,59 +59,57 @@ class Run:
                 if name not in ours or name not in found or ours[name].shape != found[name].shape:
                     raise ValueError(f"{name} is missing, left over or of another shape")
                 ours[name].copy_(found[name])
-            if metadata.get("device") != self.device.type:
-                print(f"begun on {metadata.get('device')}: on {self.device.type} the random "
-                      "numbers are others from here on")
             self.step = int(metadata["step"])
+            if not 0 < self.step <= 10**9:
+                raise ValueError(f"its step is {self.step}")
             self.log = [(int(step), *losses) for step, *losses in log.reshape(-1, 3).tolist()]
 
-    def save(self, folder: Path):
-        """log.csv, the average alone in float16, to give away, and the checkpoint, in this order.
+    def save(self, folder: Path, draw: Callable | None = None):
+        """Draw, then log.csv, the average alone in float16, to give away, and the checkpoint last.
 
-        Each is written whole or not at all, and never weights that are not finite.
+        Each is written whole or not at all, and none if a number in them is not finite.
         """
-        if not all(torch.isfinite(p).all() for p in self.net.parameters()):
-            raise ValueError(f"the weights are not finite at step {self.step}: "
-                             "a smaller --lr or --muon-lr may help")
+        half = {name: p.half() for name, p in self.ema.state_dict().items()}
+        tensors, log = self.tensors(), dict(log=torch.tensor(self.log, dtype=torch.float64))
+        for name, tensor in (*half.items(), *tensors.items()):
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} is not finite at step {self.step}: "
+                                 "a smaller --lr or --muon-lr may help")
         if processes()[0] > 0:
             return
+        if draw:
+            draw(self, folder)
         rows = [",".join(map(str, row)).replace("nan", "") + "\n" for row in self.log]
         with atomic_write(folder / "log.csv") as file:
             file.write("".join(["step,loss,held_out\n", *rows]).encode())
-        half = {name: p.half() for name, p in self.ema.state_dict().items()}
-        log = dict(log=torch.tensor(self.log, dtype=torch.float64))
-        for name, tensors, config in ((NETWORK, half, replace(self.config, data=None)),
-                                      (CHECKPOINT, self.tensors() | log, self.config)):
+        for name, parts, config in ((NETWORK, half, replace(self.config, data=None)),
+                                    (CHECKPOINT, tensors | log, self.config)):
             with atomic_write(folder / name) as file:
-                write_tensors(file, tensors, dict(
-                    config=json.dumps(asdict(config)), step=str(self.step),
-                    device=self.device.type))
+                write_tensors(file, parts, dict(config=json.dumps(asdict(config)),
+                                                step=str(self.step)))
 
 
 def lock(folder: Path):
-    """An open file: until it is closed, or its process ends, no other run may begin in the folder.
-
-    Raises ValueError if one is at work there.
-    """
+    """An open file: until it is closed, or its process ends, this raises ValueError for others."""
     if processes()[0] > 0:
-        return contextlib.nullcontext()
+        return open(os.devnull)
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "wb")
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if isinstance(error, BlockingIOError):                 # others: a file system without locks
-            file.close()
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError) as error:       # Windows and some file systems have no such locks
+        if isinstance(error, BlockingIOError):
             raise ValueError(f"another run is at work in {folder}: wait for its end, or name "
                              "another folder with --out") from None
-    for left in folder.glob(".*.safetensors.*.part"):                  # by a run that was killed
-        left.unlink()
-    return file
+    for name in ("log.csv", "step-*.png", NETWORK, CHECKPOINT):        # by a run that was killed
+        for left in folder.glob(f".{name}.*.part"):
+            left.unlink()
+    return os.fdopen(file, "rb")
 
 
 def open_run(folder: Path, device: torch.device, named: dict, resume: bool) -> tuple:
-    """The run, all images and their labels.  Nothing is written here.
+    """The run, all images and their labels, in a folder that is locked.  Nothing is written here.
 
     named: the settings of the command line; a run that goes on takes only --steps and --data from
     it.  Raises ValueError or OSError for all that can be mended.
@@ -125,8 +119,8 @@ def open_run(folder: Path, device: torch.device, named: dict, resume: bool) -> t
         raise ValueError(f"{path} is not there: start without --resume" if resume else f"{path} is "
                          "there already: go on with --resume, or begin another run with --out")
     if resume:
+        found, metadata = read_tensors(path)
         with parsing(path, "the checkpoint of a run"):
-            found, metadata = read_tensors(path)
             begun = config_from(metadata)
         if named.keys() - {"steps", "data"}:
             raise ValueError("--resume goes on with the settings of the run: only --steps, --data, "
@@ -146,6 +140,5 @@ def open_run(folder: Path, device: torch.device, named: dict, resume: bool) -> t
     if resume:
         run.restore(path, found, metadata)
         if run.step >= config.steps:
-            raise ValueError(f"{path} is complete at step {run.step}: "
-                             "a larger --steps trains it further")
+            print(f"complete at step {run.step}: a larger --steps trains it further")
     return run, images, labels

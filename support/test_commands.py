@@ -3,12 +3,17 @@
 With betas of 1e-6 an x_t tells its x_0 exactly, and what is left of it is ε.
 """
 import functools
+import inspect
+import json
+import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -40,7 +45,8 @@ SMALL = ["--model-channels", 8, "--device", "cpu"]
 @pytest.mark.parametrize("module, picture, says", [
     (ddpm, "out/letter.png", "1000    0.965  -0.977     10.607     -0.010   0.002      0.999"),
     (posterior, "out/posterior.png", "    3    0.611293    0.388707"),
-    (unet, None, "train.py's default network has 165,556 parameters")])
+    (unet, None, "train.py's default network has "
+     f"{unet.parameters(unet.UNet(Config(num_classes=10))):,} parameters")])
 def test_the_demonstrations(module, picture, says, call):
     """V, its two notebooks: each script alone draws its picture and prints its figures."""
     status, text, errors = call(module)
@@ -50,15 +56,6 @@ def test_the_demonstrations(module, picture, says, call):
         row, page = decoded(asset)[0].astype(int), decoded(Path(picture))[0]
         assert row.std() > 10 and np.abs(row - page[k * (len(row) - 2):][:len(row)]).max() <= 1
     assert len(rows) == (0 if picture is None else 4 if module is ddpm else 1)
-
-
-def test_the_network_that_is_printed_is_the_one_that_is_trained(monkeypatch, capsys):
-    """unet.py: its first network is train.py's default on the digits."""
-    made, build = [], unet.UNet
-    monkeypatch.setattr(unet, "UNet", lambda *args: made.append(args) or build(*args))
-    unet.main()
-    assert made[1] == (unet.PAPER,)
-    assert asdict(made[0][0]).items() <= asdict(Config(num_classes=10)).items()
 
 
 # ── Training ──────────────────────────────────────────────────────────────────────────────────────
@@ -214,23 +211,6 @@ def test_the_noise_is_that_of_the_schedule_that_was_named(named, schedule, call,
     assert ("x_T IS NOT YET NOISE" in text) == (l_T > 0.01) == ("--beta-T" in named)
 
 
-def test_the_seed_reaches_weights_images_and_noise(coloured, call, watched):
-    """--seed: the same one gives the same run; another one other weights, images, t, ε, dropout."""
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        call(train, "--data", coloured, "--steps", 1, "--batch", 16, "--seed", seed, "--out", name,
-             *CLEAR, *SMALL)
-    firsts = [step for step in watched if step.training]
-    weights = [read_tensors(Path(name, "checkpoint.safetensors"))[0] for name in "abc"]
-    for other, equal in ((1, True), (2, False)):
-        assert torch.equal(firsts[0].x_t, firsts[other].x_t) == equal
-        assert all(torch.equal(weights[0][name], weights[other][name]) == equal
-                   for name in ("net.conv_in.weight", "net.label_table", "net.middle.0.conv1.weight"))
-    schedule = ddpm.linear(4, 1e-6, 1e-6)
-    (which, _, eps), (others, _, other_eps) = (read_off(step.x_t, step.t, schedule)
-                                               for step in (firsts[0], firsts[2]))
-    assert not np.array_equal(which, others) and abs((eps * other_eps).mean()) < 0.1
-
-
 @pytest.mark.parametrize("extra, bfloat16", [([], True), (["--float32"], False)])
 def test_bfloat16_is_used_where_it_can_be(extra, bfloat16, coloured, call, watched, monkeypatch):
     """Precision: training, sampling and evaluation are in bfloat16 where the device has it, and
@@ -274,7 +254,8 @@ TRAINING = [
     ("batch", ["--batch", 8]), ("lr", ["--lr", 0.01]), ("muon_lr", ["--muon-lr", 0]),
     ("warmup", ["--warmup", 1]), ("decay", ["--no-decay"]), ("beta2", ["--beta2", 0.5]),
     ("grad_clip", ["--grad-clip", 0.001]), ("ema_decay", ["--ema-decay", 0.1]),
-    ("p_uncond", ["--p-uncond", 0.9]), ("stratified", ["--no-stratified"]), ("seed", ["--seed", 5]), ("float32", ["--float32"]),
+    ("p_uncond", ["--p-uncond", 0.9]), ("stratified", ["--no-stratified"]),
+    ("seed", ["--seed", 5]), ("float32", ["--float32"]),
     ("schedule", ["--schedule", "cosine"]), ("T", ["--T", 7]), ("beta_1", ["--beta-1", 0.01]),
     ("beta_T", ["--beta-T", 0.1]), ("model_channels", ["--model-channels", 16]),
     ("channel_mult", ["--channel-mult", 1]), ("num_res_blocks", ["--num-res-blocks", 2]),
@@ -332,8 +313,8 @@ def test_the_presets_are_what_they_say():
         image_shape=(3, 32, 32), num_classes=0, fingerprint="none")
     assert asdict(PRESETS["cifar10"]) == paper
     assert asdict(PRESETS["digits"]) == asdict(Config()) == paper | dict(
-        labels=True, flip=False, stratified=True, steps=2000, batch=64, lr=6e-3, muon_lr=0.03, warmup=100,
-        decay=True, beta2=0.99, ema_decay=0.999, model_channels=16, channel_mult=(1, 2),
+        labels=True, flip=False, stratified=True, steps=2000, batch=64, lr=6e-3, muon_lr=0.03,
+        warmup=100, decay=True, beta2=0.99, ema_decay=0.999, model_channels=16, channel_mult=(1, 2),
         num_res_blocks=1, attention_resolutions=(0,), dropout=0.0, num_groups=1, patch_size=2,
         image_shape=(1, 28, 28))
 
@@ -408,34 +389,30 @@ def test_the_same_pictures_whatever_the_batch(options, trained, call, monkeypatc
         assert a["labels"].tolist() == d["labels"].tolist() == [0, 1] * 6
 
 
-def test_labels_are_saved_only_where_they_were_followed(trained, call):
-    """.npz: with --guidance 0, with --label none and for completions by default there are none to
-    save; else one for each image, the four completions of an image alike.
-    """
-    for options, labels in (([], [0, 1]), (["--guidance", 0], False),
-                            (["--label", "none"], False), (["--keep", "top"], False),
-                            (["--keep", "top", "--label", 1], [1] * 8), (["--start", 3], False)):
-        call(sample, "--weights", trained[0] / "checkpoint.safetensors", "-n", 2, "--steps", 1,
-             "--out", "x.npz", *options)
-        found = np.load("x.npz")
-        assert ("labels" in found and found["labels"].tolist()) == labels
-
-
-@pytest.mark.parametrize("extra, size, frames", [
-    (["-n", 5, "--label", 1], (2, 3, 16), 0), (["-n", 4, "--animate"], (2, 2, 32), 4),
-    (["-n", 5], (3, 2, 16), 0),
-    (["-n", 2, "--keep", "top", "--resample", 2, "--label", 1], (6, 2, 16), 0),
-    (["-n", 2, "--keep", "top", "--animate"], (6, 2, 16), 4),
-    (["-n", 3, "--keep", "coarse"], (6, 3, 16), 0), (["-n", 2, "--start", 9], (6, 2, 16), 0)])
-def test_pictures_of_all_kinds(extra, size, frames, trained, call):
+@pytest.mark.parametrize("extra, size, frames, labels", [
+    (["-n", 5, "--label", 1], (2, 3, 16), 0, [1] * 5),
+    (["-n", 4, "--animate"], (2, 2, 32), 4, [0, 1, 0, 1]),
+    (["-n", 5], (3, 2, 16), 0, [0, 1, 0, 1, 0]), (["-n", 2, "--guidance", 0], (1, 2, 16), 0, None),
+    (["-n", 4, "--label", "none"], (2, 2, 16), 0, None),
+    (["-n", 2, "--keep", "top", "--resample", 2, "--label", 1], (6, 2, 16), 0, [1] * 8),
+    (["-n", 2, "--keep", "top", "--animate"], (6, 2, 16), 4, None),
+    (["-n", 3, "--keep", "coarse"], (6, 3, 16), 0, None),
+    (["-n", 2, "--start", 9], (6, 2, 16), 0, None)])
+def test_pictures_of_all_kinds(extra, size, frames, labels, trained, call):
     """A sheet, a column per class, columns of original, kept, completions; animations from x_T to
-    x_0, with x̂_0 below.
+    x_0, with x̂_0 below.  .npz: the images alone, the last of each animation, and the labels that
+    were followed, the four completions of an image alike.
     """
-    assert call(sample, "--weights", trained[0] / "checkpoint.safetensors", "--sampler", "ddim",
-                "--steps", 3, "--device", "cpu", *extra) [0] == 0
+    argv = ["--weights", trained[0] / "checkpoint.safetensors", "--sampler", "ddim", "--steps", 3,
+            "--device", "cpu", *extra]
+    assert call(sample, *argv)[0] == call(sample, *argv, "--out", "x.npz")[0] == 0
     pixels, found = decoded(Path("out/samples.png"))
     rows, columns, height = size
     assert pixels.shape == (rows * (height + 2) + 2, columns * 18 + 2, 1) and found == frames
+    found = np.load("x.npz")
+    assert (found["labels"].tolist() if "labels" in found else None) == labels
+    first = pixels[2 + 36 * (rows == 6):][:height:2, 2:18:2]
+    assert np.array_equal(found["images"][0], first) and len(found["images"]) % extra[1] == 0
 
 
 def test_completions_keep_what_they_say(trained, tiny, call):
@@ -494,7 +471,8 @@ SAMPLING = [
     ("clip", [], ["--no-clip"]), ("label", [], ["--label", 1]), ("label", [], ["--label", "none"]),
     ("guidance", [], ["--guidance", 3]), ("guidance", [], ["--guidance", 0]),
     ("keep", KEEP, ["--keep", "bottom"]), ("keep", KEEP, ["--keep", "left"]),
-    ("keep", KEEP, ["--keep", "coarse"]), ("start", ["--start", 2], ["--start", 4]), ("resample", KEEP, ["--resample", 2]),
+    ("keep", KEEP, ["--keep", "coarse"]), ("start", ["--start", 2], ["--start", 4]),
+    ("resample", KEEP, ["--resample", 2]),
     ("n", [], ["-n", 3]), ("weights", [], ["--weights", "other"]),
     ("data", KEEP, ["--data", "turned.npz"]), ("seed", [], ["--seed", 1])]
 
@@ -561,13 +539,13 @@ def test_the_bound_is_that_of_the_held_out_images(random_network, coloured, call
 
 
 def test_the_bound_of_images_that_the_network_has_not_seen(
-        random_network, coloured, call, watched, monkeypatch):
+        random_network, coloured, call, watched):
     """--data: the bound is that of the named file's held-out images, whatever the network has seen;
     a label without an image in it is not drawn.
     """
     images, labels = files.load(coloured)
-    np.savez("other.npz", images=images[::-1], labels=np.where(labels == 2, 3, labels))
-    monkeypatch.setattr(files, "checked_labels", lambda path, labels, count: labels)     # with gaps
+    labels[labels == 2], labels[files.split(40)[1]] = 3, 2             # 2 is held out alone
+    np.savez("other.npz", images=images[::-1], labels=labels)
     status, text, _ = call(evaluate, "--weights", "net", "--data", "other.npz", "--device", "cpu")
     assert status == 0 and "of 4 held-out images" in text and "nearest of 36" in text
     perfect = [step.label.tolist() for step in watched if len(step.x_t) == 10]
@@ -598,6 +576,8 @@ def unfit(tmp_path_factory):
     tensors, metadata = read_tensors(SHIPPED)
     tensors["conv_out.bias"] *= float("nan")
     saved(folder / "nan", tensors, **asdict(config_from(metadata)))
+    rgba = dict(image_shape=(4, 8, 8), T=2)
+    saved(folder / "rgba", network(Config(**rgba)).state_dict(), **asdict(Config(**rgba)))
     return folder
 
 
@@ -627,6 +607,7 @@ def unfit(tmp_path_factory):
     (sample, ["--keep", "left"], "trained on other images than"),
     (sample, ["--weights", "missing"], "missing: No such file"),
     (sample, ["--weights", "nan"], "some pixels are not finite"),
+    (sample, ["--weights", "rgba"], "images of 4 channels are no .png: name an .npz"),
     (evaluate, ["--data", "small.npz"], "held-out images of (8, 8, 1)"),
     (evaluate, ["--data", "bare.npz"], "trained with labels 0 .. 9"),
     (evaluate, ["--data", "eleven.npz"], "trained with labels 0 .. 9")])
@@ -638,27 +619,58 @@ def test_what_the_user_can_mend_is_told_in_one_line(script, argv, says, unfit, c
         "--steps", 1]))
     lines = [line for line in errors.splitlines() if not line.startswith("usage: ")]
     assert status == 2 and len(lines) == 1 and lines[0].startswith(f"{script.__name__}.py: ")
-    assert says in errors and not list(Path().glob("x.*")) and not list(Path().glob("out/*"))
+    assert says in errors and not {*Path().glob("x.*"), *Path().glob("out/*")} - {Path("out/.lock")}
 
 
-@pytest.mark.parametrize("error, says", [
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:1] err == 0. DefaultCPUAllocator: can't allocate "
-                  "memory: you tried to allocate 68719476736 bytes. Error code 12"),
-     "not enough memory for 68719476736 bytes more: a smaller --batch, a larger --patch-size"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has\na"),
-     "not enough memory for 20.00 GiB more"), (MemoryError(), "not enough memory: a smaller")])
-def test_too_little_memory_is_one_line(error, says, call, monkeypatch):
+@pytest.mark.parametrize("error", [
+    RuntimeError("[enforce fail at alloc_cpu.cpp:1] err == 0. DefaultCPUAllocator: can't allocate "
+                 "memory: you tried to allocate 68719476736 bytes. Error code 12"), MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has\na")])
+def test_too_little_memory_is_one_line(error, call, monkeypatch):
     """Memory: whatever it is that asks for too much, one line, and no trace."""
-    def load_network(*_):
-        raise error
-    monkeypatch.setattr(support.weights, "load_network", load_network)
+    monkeypatch.setattr(support.weights, "load_network", Mock(side_effect=error))
     status, _, errors = call(sample)
-    assert status == 2 and says in errors and errors.count("\n") == 1
+    assert status == 2 and errors.count("\n") == 1
+    assert errors.startswith("sample.py: not enough memory: a smaller --batch or network or ")
 
 
-def test_help_and_a_reader_who_has_gone(tmp_path):
+def test_what_a_file_says_is_shown_in_one_line(call):
+    """Errors: names in a stranger's file move no cursor, and fill no screen."""
+    evil = "\x1b]0;x\x07\x1b[2J\n\0\u202e" + 5000 * "A"
+    tensors, metadata = read_tensors(SHIPPED)
+    config = json.loads(metadata["config"])
+    np.savez("a", **{"a\x1b[2J" + 50 * "B": np.zeros(3)})
+    np.savez("b", images=np.zeros(9, [(3000 * "x", "u1")]))
+    saved(Path("c"), tensors | {evil: torch.ones(1)}, **config)
+    saved(Path("d"), tensors, **config | {evil: 1})
+    saved(Path("e"), tensors, **config | dict(schedule=evil))
+    for script, argv in ((train, ["--data", "a.npz"]), (train, ["--data", "b.npz"]),
+                         *((sample, ["--weights", name]) for name in "cde")):
+        status, _, errors = call(script, *argv)
+        assert status == 2 and errors[:-1].isprintable() and len(errors) < 300
+
+
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_script_that_is_stopped_says_so_by_its_status(name, status, call, monkeypatch):
+    """Signals: 128 and the signal's number, and not a word."""
+    monkeypatch.setattr(support.weights, "load_network",
+                        lambda *_: signal.raise_signal(getattr(signal, name)))
+    assert call(sample) == (status, "", "")
+
+
+def test_ctrl_c_is_quiet_while_python_still_imports():
+    """Signals: `support` comes before all that takes a second, and then no trace is printed."""
+    early = subprocess.run([sys.executable, "-c", "import support; raise KeyboardInterrupt"],
+                           cwd=ROOT, capture_output=True)
+    assert early.returncode in (130, -2) and not early.stderr
+    for script in (train, evaluate):
+        first = next(line for line in inspect.getsource(script).splitlines() if "import" in line)
+        assert first.startswith("import support ")
+
+
+def test_help_and_a_reader_who_has_gone(tmp_path, monkeypatch):
     """Scripts without options: --help says what they are; where nobody reads, they end as by
-    SIGPIPE, without a word.
+    SIGPIPE, without a word; and where stdout was closed before, they go on.
     """
     told = subprocess.run([sys.executable, ROOT / "ddpm.py", "--help"], capture_output=True)
     assert told.returncode == 0 and ddpm.__doc__.strip() in told.stdout.decode()
@@ -666,18 +678,42 @@ def test_help_and_a_reader_who_has_gone(tmp_path):
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 128 + 13
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    console.run_script(lambda: console.Progress(1)(1, "done"))
 
 
-def test_a_bug_keeps_its_trace(monkeypatch):
-    """Errors: what the user cannot mend is not hidden, a RuntimeError of another kind included, nor
-    is it in any of several processes.
-    """
-    monkeypatch.setenv("RANK", "1")
-    for error in (RuntimeError("unsupported memory format"), TypeError("no"), KeyError("x")):
-        def main():
-            raise error
+def script(error):
+    """A script that says something and ends with this error."""
+    def main():
+        print("a word"), print("another", file=sys.stderr)
+        raise error
+    return SimpleNamespace(__name__="x", main=main)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unsupported memory format"), KeyError("x")])
+def test_a_bug_keeps_its_trace(error, call, monkeypatch):
+    """Errors: what the user cannot mend is not hidden, nor is it in any of several processes."""
+    monkeypatch.setattr(console.time, "sleep", lambda seconds: None)
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
         with pytest.raises(type(error)):
-            console.run_script(main)
+            call(script(error))
+
+
+@pytest.mark.parametrize("error, says", [
+    (ValueError("x"), "x.py: x\n"), (SystemExit(2), ""),
+    *((RuntimeError(why), f"x.py: another of the processes has ended: {why}\n")
+      for why in ("NCCL", "[gloo/tcp] closed"))])
+def test_of_several_processes_the_first_one_speaks(error, says, call, monkeypatch):
+    """Many devices: what another one prints goes nowhere, and before it refuses it waits for the
+    launcher, which sees the end of the first one and ends the others.
+    """
+    monkeypatch.setattr(os, "_exit", Mock(side_effect=SystemExit(9)))
+    monkeypatch.setattr(console.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGTERM))
+    assert call(script(error)) == (2, "a word\n", "another\n" + says)
+    monkeypatch.setenv("RANK", "1")
+    assert call(script(error)) == (9, "", "")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the malloc of Linux")

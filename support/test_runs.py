@@ -26,18 +26,26 @@ import train
 from conftest import TINY
 from support import console, data as files
 from support.config import Config, schedule_from
-from support.console import on_stop
 from support.data import load
 from support.devices import seed_from
 from support.pictures import atomic_write
-from support.run import Run, lock, open_run
+from support.run import Run, open_run
+from support.test_data import CHANGES, changed
 from support.weights import config_from, read_tensors, write_tensors
 
 ROOT, CPU = Path(__file__).resolve().parents[1], torch.device("cpu")
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != ".lock"}
+
+
+def rewritten(trained, folder, tensors=None, **metadata):
+    """The checkpoint of a run with these tensors and other metadata, in another folder."""
+    found, ours = read_tensors(trained / "checkpoint.safetensors")
+    Path(folder).mkdir(exist_ok=True)
+    with open(Path(folder, "checkpoint.safetensors"), "wb") as file:
+        write_tensors(file, tensors or found, ours | metadata)
 
 
 def step_of(folder):
@@ -82,11 +90,11 @@ def test_a_stopped_run_goes_on_exactly(seed, tiny, call, short, monkeypatch):
 
 def test_a_run_cut_off_at_any_file_goes_on(tiny, call, short, monkeypatch):
     """Resume: cut off at any of the files that 4 steps write, the run is what it was at its last
-    checkpoint; gone on with, it ends in the files of a run that was left alone.
+    checkpoint; gone on with, it ends in all the files of a run that was left alone.
     """
     argv = ["--data", tiny, "--steps", 4, *TINY, "--out"]
     assert call(train, *argv, "straight")[0] == 0
-    for cut in (1, 2, 3, 4, 7, 8):                         # log, network, checkpoint, sheet
+    for cut in range(1, 9):                                # sheet, log, network, checkpoint
         with monkeypatch.context() as patch:
             count = iter(range(1, 100))
 
@@ -99,11 +107,10 @@ def test_a_run_cut_off_at_any_file_goes_on(tiny, call, short, monkeypatch):
             with pytest.raises(KeyboardInterrupt):
                 call(train, *argv, f"cut{cut}")
         there = Path(f"cut{cut}/checkpoint.safetensors").exists()
+        assert there == (cut > 4)
         resume = ["--resume", "--out"] if there else argv
-        assert (resume != argv) == (cut > 3)
-        if cut < 8:
-            assert call(train, *resume, f"cut{cut}", "--device", "cpu")[0] == 0
-        assert contents(f"cut{cut}").items() <= contents("straight").items()
+        assert call(train, *resume, f"cut{cut}", "--device", "cpu")[0] == 0
+        assert contents(f"cut{cut}") == contents("straight")
 
 
 def test_a_killed_run_leaves_a_whole_checkpoint(tiny, call, tmp_path):
@@ -129,24 +136,30 @@ def test_a_killed_run_leaves_a_whole_checkpoint(tiny, call, tmp_path):
             path.unlink()
             steps.append(0)
     assert max(steps) >= 30 or "KILLS" in os.environ
-    half_written = path.with_name(".checkpoint.safetensors.1.part")          # what a kill can leave
-    half_written.write_bytes(b"half")
+    for name in ("checkpoint.safetensors", "network.safetensors", "log.csv", "step-000001.png",
+                 "samples.png"):
+        path.with_name(f".{name}.1.part").write_bytes(b"half")               # what a kill can leave
     more = ["--resume"] if path.exists() else [*TINY, "--data", tiny]
     assert call(train, *more, "--steps", steps[-1] + 1, "--out", "run", "--device", "cpu")[0] == 0
-    assert not half_written.exists() and step_of("run") == steps[-1] + 1
+    assert [left.name for left in path.parent.glob("*.part")] == [".samples.png.1.part"]
+    assert step_of("run") == steps[-1] + 1
 
 
 @pytest.mark.parametrize("extra, says", [
     (["--steps", 300, "--lr", 0.5], "--resume goes on with the settings of the run: only --steps"),
-    (["--steps", 300, "--preset", "cifar10"], "only --steps"), ([], "is complete at step 100"),
+    (["--steps", 300, "--preset", "cifar10"], "only --steps"),
     (["--steps", 300, "--data", "other.npz"], "other images"),
     (["--steps", 300, "--data", "bare.npz"], "other images"),
-    (["--out", "empty"], "start without --resume"), (["--out", "shared"], "checkpoint of a run")])
+    (["--out", "empty"], "start without --resume"), (["--out", "shared"], "checkpoint of a run"),
+    *((["--out", f"step{step}"], f"cannot be read as the checkpoint of a run: its step is {step}")
+      for step in (-5, 0, 10**9 + 1))])
 def test_what_would_change_the_run_is_refused_on_resume(extra, says, trained, tiny, call):
-    """Resume: other settings, other data, a finished run, a network without a run: one line,
-    nothing changed; nor does a new run begin where another lies.
+    """Resume: other settings, other data, a network without a run, a step that none can be at: one
+    line, nothing changed; nor does a new run begin where another lies.
     """
     before, images = contents(trained[0]), files.load(tiny)[0]
+    if "its step is" in says:
+        rewritten(trained[0], extra[1], step=extra[1].removeprefix("step"))
     np.savez("other.npz", images=images[::-1], labels=np.arange(200) // 100)
     np.savez("bare.npz", images=images)                             # the same images, no labels
     Path("shared").mkdir()
@@ -160,59 +173,64 @@ def test_what_would_change_the_run_is_refused_on_resume(extra, says, trained, ti
 
 def test_a_run_goes_on_further_elsewhere_and_with_moved_data(trained, call, short, tiny,
                                                              monkeypatch):
-    """Resume: more --steps, --data at another place, and a checkpoint of a device that is gone:
-    one line says that the random numbers are others.  Its speed is that of the steps since then:
-    2 of 16 images, with a clock of our own; and it takes no setting but these two.
+    """Resume: a complete run takes more --steps and --data at another place, and no setting but
+    these two; its speed is that of the steps since then, 2 of 16 images, with a clock of our own.
+    Without more steps it draws its last picture again, if that is gone.
     """
     for name in {f.name for f in fields(Config)} - {"steps", "data"}:
         with pytest.raises(ValueError, match="--resume goes on with the settings of the run"):
             open_run(trained[0], CPU, {name: getattr(Config(), name)}, resume=True)
     monkeypatch.setattr(console, "time", Mock(monotonic=Mock(side_effect=range(9))))
-    tensors, metadata = read_tensors(trained[0] / "checkpoint.safetensors")
-    Path("run").mkdir(), Path("moved.npz").write_bytes(tiny.read_bytes())
-    with open("run/checkpoint.safetensors", "wb") as file:
-        write_tensors(file, tensors, metadata | dict(device="cuda"))
+    rewritten(trained[0], "run"), Path("moved.npz").write_bytes(tiny.read_bytes())
     status, text, errors = call(train, "--resume", "--steps", 102, "--data", "moved.npz", "--out",
                                 "run", "--device", "cpu")
-    assert status == 0 and not errors and text.startswith("begun on cuda: on cpu the random")
-    assert " · 32 images/s · 0:00:00 left" in text
+    assert status == 0 and not errors and " · 32 images/s · 0:00:00 left" in text
     assert step_of("run") == 102 and Path("run/log.csv").read_text().count("\n") == 12
+    before = contents("run")
+    Path("run/step-000102.png").unlink()
+    status, text, errors = call(train, "--resume", "--out", "run", "--device", "cpu")
+    assert status == 0 and not errors and "drawn: run/step-000102.png" in text
+    assert text.startswith("complete at step 102: a larger --steps trains it further\n")
+    assert contents("run") == before
 
 
-def test_a_folder_has_one_run_at_a_time(trained, call):
-    """Two runs: where one is at work, no other begins or goes on; a link among its files is
-    replaced, and what it leads to stays.
+def test_a_folder_has_one_run_at_a_time(trained, tiny, call, monkeypatch):
+    """Two runs: where one is at work, and be it that it still reads its data, no other begins or
+    goes on.  Links in the folder are not followed: a checkpoint is replaced, a lock is refused.
     """
     before = (trained[0] / "checkpoint.safetensors").read_bytes()
     Path("run").mkdir(), Path("elsewhere").write_bytes(before)
     Path("run/checkpoint.safetensors").symlink_to("../elsewhere")
-    argv = ["--resume", "--out", "run", "--steps", 110, "--device", "cpu"]
-    with lock(Path("run")):
-        status, text, errors = call(train, *argv)
-    assert status == 2 and "another run is at work in run: wait" in errors and not text
-    assert {path.name for path in Path("run").iterdir()} == {".lock", "checkpoint.safetensors"}
+    argv, late = ["--resume", "--out", "run", "--steps", 110, "--device", "cpu"], []
+
+    def slowly(*args):
+        late.extend(late or call(train, *argv))
+        return load(*args)
+    monkeypatch.setattr(support.run, "load", slowly)
     assert call(train, *argv)[0] == 0 and Path("elsewhere").read_bytes() == before
+    assert late[:2] == [2, ""] and "another run is at work in run: wait" in late[2]
     assert step_of("run") == 110
+    Path("run/.lock").unlink(), Path("run/.lock").symlink_to("../elsewhere")
+    status, text, errors = call(train, *argv)
+    assert status == 2 and errors.startswith("train.py: run/.lock: ") and not text
+    assert Path("elsewhere").read_bytes() == before
 
 
-def test_a_second_signal_ends_at_once(monkeypatch):
+def test_a_second_signal_ends_at_once(call, monkeypatch):
     """Signals: the first asks for an orderly stop, the second does not wait for it; what nohup has
     ignored stays ignored.
     """
-    ended, numbers = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.getsignal(number) for number in numbers]
-    try:
+    asked = []
+
+    def main():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        monkeypatch.setattr(os, "_exit", ended.append)
-        asked = []
-        on_stop(asked.append)
+        console.on_stop(asked.append)
         signal.raise_signal(signal.SIGHUP), signal.raise_signal(signal.SIGINT)
-        assert asked == [signal.SIGINT] and not ended
+        assert asked == [signal.SIGINT]
         signal.raise_signal(signal.SIGTERM)
-        assert ended == [128 + signal.SIGTERM]
-    finally:
-        for number, handler in zip(numbers, handlers):
-            signal.signal(number, handler)
+    monkeypatch.setattr(os, "_exit", Mock(side_effect=SystemExit))
+    assert call(Mock(__name__="x", main=main)) == (0, "", "") and asked == [signal.SIGINT]
+    os._exit.assert_called_once_with(128 + signal.SIGTERM)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no file size limits there")
@@ -228,23 +246,43 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(trained, call):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert status == 2 and "network.safetensors: File too large" in errors
     after = contents(".")
-    del after["log.csv"], after[".lock"]
-    assert after == before and errors.count("\n") == 1
+    assert before.items() <= after.items() and errors.count("\n") == 1
 
 
-@pytest.mark.parametrize("name, says", [("net.conv_in.weight", "the loss is nan at step 110"),
-                                        ("net.label_table", "the weights are not finite at step 120")])
-def test_numbers_that_are_none_stop_the_run(name, says, trained, call):
-    """NaN: in the loss, or in weights that no loss has met: the run ends, nothing is saved."""
+@pytest.mark.parametrize("name, value, says", [
+    ("net.conv_in.weight", np.inf, "the loss is nan at step 110"),
+    ("net.label_table", np.inf, "label_table is not finite at step 120"),
+    ("ema.conv_in.weight", np.nan, "conv_in.weight is not finite at step 120"),
+    ("ema.conv_in.weight", 1e6, "conv_in.weight is not finite at step 120"),        # in float16
+    ("exp_avg_sq.label_table", np.inf, "exp_avg_sq.label_table is not finite at step 120")])
+def test_numbers_that_are_none_stop_the_run(name, value, says, trained, call):
+    """NaN: in the loss, or in anything that is written: the run ends, nothing is saved."""
     tensors, metadata = read_tensors(trained[0] / "checkpoint.safetensors")
-    tensors[name][-1:] = float("inf")
+    tensors[name][-1:] = value
     config = json.loads(metadata["config"]) | dict(p_uncond=0.0)     # no image without its label
-    with open("checkpoint.safetensors", "wb") as file:
-        write_tensors(file, tensors, metadata | dict(config=json.dumps(config)))
-    before = Path("checkpoint.safetensors").read_bytes()
+    rewritten(trained[0], ".", tensors, config=json.dumps(config))
+    before = contents(".")
     status, _, errors = call(train, "--resume", "--steps", 120, "--out", ".", "--device", "cpu")
     assert status == 2 and f"{says}: a smaller --lr or --muon-lr may help" in errors
-    assert Path("checkpoint.safetensors").read_bytes() == before
+    assert contents(".") == before
+
+
+@pytest.mark.parametrize("steps, saved", [
+    (25, [10, 20, 25]), (2000, [400, 800, 1200, 1600, 2000]),
+    (32_001, [*range(5000, 30_001, 5000), 32_001])])
+def test_a_run_is_saved_five_times_or_every_5000_steps(steps, saved, monkeypatch):
+    """Resume: and always with a new entry of the log; a long run loses no more than 5,000 steps."""
+    def algorithm_1(run, *_):
+        for run.step in range(1, steps + 1):
+            yield torch.zeros(())
+    found = []
+    run = Mock(config=Config(steps=steps), step=0, save=lambda *_: found.append(run.step))
+    monkeypatch.setattr(train, "algorithm_1", algorithm_1)
+    monkeypatch.setattr(train, "reporter", lambda *_: lambda *_: 0)
+    monkeypatch.setattr(train.evaluate, "held_out_loss", lambda *_: None)
+    run.device = CPU
+    train.train(run, np.zeros((20, 28, 28, 1), np.uint8), None, Path())
+    assert found == saved
 
 
 def test_two_processes_average_their_gradients(tiny, tmp_path, monkeypatch):
@@ -286,24 +324,27 @@ def test_two_processes_average_their_gradients(tiny, tmp_path, monkeypatch):
     for name, tensor in run.tensors().items():
         assert torch.allclose(two[name], tensor, rtol=1e-3, atol=2e-4), name
     assert two["log"][:, :2].tolist() == [
-        pytest.approx([10, sum(map(float, losses)) / 10], rel=1e-4)]
+        pytest.approx([10, sum(map(torch.Tensor.item, losses)) / 10], rel=1e-4)]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="no multiple of 3"):
         patch.setenv("WORLD_SIZE", "3")
         open_run(Path("three"), CPU, dict(data=str(tiny), batch=16), resume=False)
 
 
-def test_the_second_process_saves_nothing_and_drops_others(tmp_path, monkeypatch):
-    """Many devices: rank 1 writes no file, and its dropout is another than rank 0's; so is that of
-    another step, and of another seed.  Each use has a seed of its own.
+def test_seed_step_and_process_decide_what_is_drawn(tmp_path, monkeypatch):
+    """Many devices: another seed, another step and another process draw other images, t, ε and
+    dropout, each from a seed of its own; and rank 1 writes no file.
     """
-    masks = set()
-    for step, seed, rank in ((5, 0, "0"), (6, 0, "0"), (5, 1, "0"), (5, 0, "1")):
+    images, drawn = np.arange(5000, dtype=np.uint8).reshape(50, 10, 10, 1), []
+    for step, seed, rank in ((5, 0, "0"), (6, 0, "0"), (5, 1, "0"), (5, 0, "1"), (5, 0, "1")):
         monkeypatch.setenv("RANK", rank)
         run = Run(Config(image_shape=(1, 8, 8), seed=seed), CPU)
-        run.rng(step)
-        masks.add(tuple(torch.rand(9).tolist()))
-    run.save(tmp_path / "out")
-    assert not (tmp_path / "out").exists() and len(masks) == 4
+        x0 = train.batches(images, None, run.config, CPU)(step)[0]
+        noise, dropped = torch.rand(9, generator=run.rng(step)), torch.rand(9)
+        drawn.append([tuple(each.flatten().tolist()) for each in (
+            run.net.conv_in.weight, x0, noise, dropped)])
+    assert [len(set(each)) for each in zip(*drawn)] == [2, 4, 4, 4] and drawn[3] == drawn[4]
+    run.save(tmp_path / "out", Mock(side_effect=AssertionError))
+    assert not (tmp_path / "out").exists()
     assert len({seed_from(use, 0, 1) for use in ("data", "noise", "dropout")}) == 3
 
 
@@ -319,41 +360,34 @@ def test_each_process_has_a_gpu_of_its_own(call, monkeypatch):
     assert errors.startswith("train.py: there is no device 'cuda:99' here: choose from ")
 
 
+ODD = ["", "x", "-1", "1e9", "null", "[]", "{}", "9" * 30]
+
+
 @settings(max_examples=int(os.environ.get("TRIES", 150)) // 5)
-@given(data=st.data())
-def test_any_run_goes_on_or_is_refused(trained, tmp_path_factory, data):
+@given(kind=st.sampled_from(["tensor", "metadata", "setting", "bytes"]), data=st.data())
+def test_any_run_goes_on_or_is_refused(trained, tmp_path_factory, kind, data):
     """Resume: a tensor or a setting of a run changed or removed, or bytes of its file: only
     ValueError or OSError comes out, and what is accepted takes a step.
     """
     path = tmp_path_factory.getbasetemp() / "fuzz/checkpoint.safetensors"
-    path.parent.mkdir(exist_ok=True)
     tensors, metadata = read_tensors(trained[0] / "checkpoint.safetensors")
-    metadata["config"] = json.dumps(json.loads(metadata["config"]) | dict(steps=200))
-    anything = st.sampled_from(["", "x", "-1", "1e9", "null", "[]", "{}", "9" * 30])
-    kind = data.draw(st.sampled_from(["tensor", "metadata", "setting", "bytes"]))
-    if kind == "tensor":
-        name = data.draw(st.sampled_from(sorted(tensors)))
-        tensors.pop(name)
+    config = json.loads(metadata.pop("config")) | dict(steps=200)
+    where = dict(tensor=tensors, metadata=metadata, setting=config).get(kind, {})
+    for name in where and [data.draw(st.sampled_from(sorted(where)))]:
+        where[name] = data.draw(dict(
+            tensor=st.lists(st.integers(0, 3), max_size=3).map(torch.zeros),
+            metadata=st.sampled_from(ODD), setting=st.none() | st.integers(-1, 9) | st.floats()
+            | st.text(max_size=3) | st.just([]))[kind])
         if data.draw(st.booleans()):
-            tensors[name] = torch.zeros(data.draw(st.lists(st.integers(0, 3), max_size=3)))
-    if kind == "metadata":
-        metadata[data.draw(st.sampled_from(sorted(metadata)))] = data.draw(anything)
-    if kind == "setting":
-        config = json.loads(metadata["config"])
-        config[data.draw(st.sampled_from(sorted(config)))] = data.draw(
-            st.none() | st.integers(-1, 9) | st.floats() | st.text(max_size=3) | st.just([]))
-        metadata["config"] = json.dumps(config)
+            del where[name]
+    path.parent.mkdir(exist_ok=True)
     with open(path, "wb") as file:
-        write_tensors(file, tensors, {k: v for k, v in metadata.items() if k != "crc32"})
+        write_tensors(file, tensors, metadata | dict(config=json.dumps(config)))
     if kind == "bytes":
-        body = bytearray(path.read_bytes())
-        body[data.draw(st.integers(0, len(body) - 1))] ^= data.draw(st.integers(1, 255))
-        path.write_bytes(body)
+        path.write_bytes(changed(path.read_bytes(), data.draw(CHANGES)))
     try:
         run, images, labels = open_run(path.parent, CPU, {}, resume=True)
-    except (ValueError, OSError) as error:
-        assert "\n" not in str(error)
-    else:
-        next_batch = train.batches(images, labels, run.config, CPU)
-        x0, label = next_batch(1)
-        run.net(x0, torch.ones(len(x0), dtype=torch.long), label)
+    except (ValueError, OSError):
+        return
+    x0, label = train.batches(images, labels, run.config, CPU)(1)
+    run.net(x0, torch.ones(len(x0), dtype=torch.long), label)

@@ -17,7 +17,8 @@ from support.config import Config, tuples
 from support.data import parsing
 from unet import UNet, time_embedding
 
-PUBLISHED = "diffusion_pytorch_model.safetensors"
+PUBLISHED = "diffusion_pytorch_model"
+LARGEST = 1 << 20                           # bytes of a header, or of a description beside it
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -36,32 +37,28 @@ def write_tensors(file, tensors: dict[str, Tensor], metadata: dict[str, str]):
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, and its metadata.  Raises ValueError if it is none."""
+    """The tensors of a safetensors file, and its metadata.  Raises OSError if it is none."""
     with open(path, "rb") as file, parsing(path, "a safetensors file"):
         size = int.from_bytes(file.read(8), "little")
-        if size > path.stat().st_size:
-            raise ValueError("are these images?  READING.md shows how to convert a .pt or .bin")
+        if size > LARGEST:
+            raise ValueError("DATA.md shows how to convert a .pt or .bin; images belong to --data")
         header = json.loads(file.read(size))
         body, metadata, tensors = bytearray(file.read()), header.pop("__metadata__", {}), {}
         if zlib.crc32(body) != int(metadata.get("crc32", f"{zlib.crc32(body):x}"), 16):
             raise ValueError("its checksum is another")
         for name, entry in header.items():
             (start, end), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
-            flat = torch.empty(0, dtype=dtype)
-            if end > start:
-                flat = torch.frombuffer(memoryview(body)[start:end], dtype=dtype)
+            flat = torch.frombuffer(memoryview(body)[start:end], dtype=dtype) if end > start else (
+                torch.empty(0, dtype=dtype))
             tensors[name] = flat.reshape(entry["shape"])
     return tensors, metadata
 
 
 def config_from(metadata: dict[str, str]) -> Config:
     """The settings in a file of ours.  Raises ValueError, naming those of another version."""
-    values = json.loads(metadata.get("config", "null"))
-    if not isinstance(values, dict):
-        raise ValueError("it holds no settings of train.py")
+    values = json.loads(metadata.get("config", "{}"))
     for name in {f.name for f in fields(Config)} ^ values.keys():
-        raise ValueError(f"another version wrote it: the setting {name} is "
-                         f"{'left over' if name in values else 'missing'}")
+        raise ValueError(f"setting {'left over' if name in values else 'missing'}: {name}")
     return Config(**tuples(values))
 
 
@@ -69,13 +66,15 @@ def load_network(path: str | Path, device: torch.device) -> tuple[UNet, Config]:
     """The averaged network of our own file, or a published one in its folder, and its settings."""
     path = Path(path)
     path = path / "unet" if (path / "unet").is_dir() else path                # a whole pipeline
-    path = path / PUBLISHED if path.is_dir() else path
+    path = min(path.glob(f"{PUBLISHED}*"), default=path,         # float16's name is a longer one
+               key=lambda file: (file.suffix != ".safetensors", len(file.name)))
     found, metadata = read_tensors(path)
-    with parsing(path, "a network that can be built"):
-        config = published_config(path.parent) if path.name == PUBLISHED else config_from(metadata)
+    published = path.name.startswith(PUBLISHED)
+    with parsing(path, "a network that can be built here"):
+        config = published_config(path.parent) if published else config_from(metadata)
         with torch.device("meta"):                # only shapes: the memory is that of the file
             net = UNet(config)
-        if path.name == PUBLISHED:
+        if published:
             found = our_tensors(found, net.state_dict(), config)
         ema = {name.removeprefix("ema."): tensor for name, tensor in found.items()
                if name.startswith("ema.")}                                    # of a whole run
@@ -98,12 +97,14 @@ def published_config(folder: Path) -> Config:
 
     Raises ValueError for what is not computed here.
     """
-    theirs = json.loads((folder / "config.json").read_bytes())
+    theirs = json.loads((folder / "config.json").read_bytes()[:LARGEST])
     for name, value in (FIXED | STATED).items():
         if theirs.get(name, FIXED.get(name, "missing")) != value:
             raise ValueError(f"its {name} is not {value}: that is another network")
     c, *_ = channels = theirs["block_out_channels"]
     size = theirs["sample_size"]
+    if size is None:
+        raise ValueError("its sample_size is null: write the side of its images into config.json")
     height, width = size if isinstance(size, list) else (size, size)
     attention = tuple(height >> level for level, kind in enumerate(theirs["down_block_types"])
                       if "Attn" in kind)
@@ -120,7 +121,7 @@ def published_schedule(folder: Path) -> dict:
     for path in (folder, folder.parent / "scheduler"):
         path = path / "scheduler_config.json"
         if path.exists():
-            theirs = json.loads(path.read_bytes())
+            theirs = json.loads(path.read_bytes()[:LARGEST])
             betas = dict(beta_1=theirs["beta_start"], beta_T=theirs["beta_end"])
             ours = {"linear": dict(schedule="linear", **betas),
                     "squaredcos_cap_v2": dict(schedule="cosine")}
@@ -129,6 +130,8 @@ def published_schedule(folder: Path) -> dict:
                     or theirs.get("trained_betas") or theirs.get("rescale_betas_zero_snr")):
                 raise ValueError(f"{path.name} is not computed here: it must predict epsilon, with "
                                  "linear or squaredcos_cap_v2 betas")
+            if theirs.get("clip_sample") is False:
+                print("its scheduler does not clip: --no-clip draws as it does")
             return dict(T=theirs["num_train_timesteps"], **ours[theirs["beta_schedule"]])
     return {}
 
@@ -144,7 +147,7 @@ def our_tensors(found: dict[str, Tensor], names, config: Config) -> dict[str, Te
         found = {name.replace(f".{old}.", f".{new}."): tensor for name, tensor in found.items()}
     parts = {name: their_names(name, config.num_res_blocks) for name in names}
     for name in {part for each in parts.values() for part in each} ^ found.keys():
-        raise ValueError(f"{name} is {'left over' if name in found else 'missing'}")
+        raise ValueError(f"tensor {'left over' if name in found else 'missing'}: {name}")
     ours = {name: torch.cat([found[part].float() for part in parts[name]]) for name in names}
     sin_1, cos_1 = time_embedding(torch.tensor([1]), config.model_channels)[0].chunk(2)
     sin, cos = ours["time_mlp.0.weight"].chunk(2, dim=1)
