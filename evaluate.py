@@ -126,7 +126,7 @@ def least_loss(images: np.ndarray, labels: np.ndarray | None, config: Config,
     """
     schedule, pixels = schedule_from(config), images[0].size
     rng = np.random.default_rng(config.seed)
-    chosen = split(len(images))[0][:min(10_000, max(2, 2 ** 24 // pixels))]
+    chosen = rng.permutation(split(len(images))[0])[:min(10_000, max(2, 2 ** 24 // pixels))]
     draws = min(draws, max(4, 2 ** 22 // pixels))
     x = to_pixels(images[chosen]).reshape(len(chosen), -1)
     t = 1 + np.arange(draws) * schedule.T // draws
@@ -174,7 +174,7 @@ def nearest(images: np.ndarray, training: np.ndarray) -> tuple[np.ndarray, np.nd
 
     Both uint8, (…, H, W, C).
     """
-    x, x_i = (torch.from_numpy(part.reshape(len(part), -1)).double() for part in (images, training))
+    x, x_i = (torch.from_numpy(part).flatten(1).double() for part in (images, training))
     each = torch.cdist(x, x_i, compute_mode="donot_use_mm_for_euclid_dist")       # 0 for a copy
     distance, index = each.min(dim=1)
     return (distance / x.shape[1] ** 0.5 / 127.5).numpy(), index.numpy()
@@ -202,8 +202,8 @@ def draw_perfectly(net, config: Config, images: np.ndarray, labels: np.ndarray |
         drawn = draw_images(network, config, sampling, label)[-1] if network else others
         distance, index = nearest(drawn, images)
         print(f"{name:8}" + "".join(f"{d:7.3f}" for d in distance))
-        rows += [drawn, images[index]]
-    write_png("out/perfect.png", image_grid(np.concatenate(rows[2:5]), columns=10))
+        rows += [drawn, images[index]] if network else []
+    write_png("out/perfect.png", image_grid(np.concatenate(rows[:3]), columns=10))
     print("drawn: out/perfect.png: the perfect network's, the nearest training images, and ours")
 
 
@@ -214,15 +214,16 @@ def main():
     net, config = load_network(path, choose_device(chosen.device))
     most = max(2, 2 ** 21 // np.prod(config.image_shape))     # so many fit into 16 MB of float64
     images, labels = load(chosen.data or config.data, with_labels=config.num_classes > 0)
-    unseen = held_out_images(chosen.data or config.data or DIGITS, config, 2, min(1000, most))
     if config.num_classes and (labels is None or labels.max() >= config.num_classes):
         raise ValueError(f"the network was trained with labels 0 .. {config.num_classes - 1}, and "
                          "these images have others")
+    unseen = held_out_images(chosen.data or config.data or DIGITS, config, 2, min(1000, most))
     seen = fingerprint(images, labels) == config.fingerprint
-    training = split(len(images))[0][:4 * most]
+    training, others = split(len(images))
+    training = np.random.default_rng(0).permutation(training)[:4 * most]
     print(f"{path} on {next(net.parameters()).device}")
     draw_perfectly(net, config, images[training], None if labels is None else labels[training],
-                   unseen[0][:10])
+                   images[others[:10]])
     if not seen and chosen.data is None:
         return print(f"no bound: {path} was trained on other images than the digits in assets/: "
                      "name some that it has not seen with --data")

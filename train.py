@@ -247,7 +247,7 @@ def main():
     if "preset" in how:
         settings["preset"] = asked.preset
     with lock(out):
-        run, images, labels = open_run(out, device, settings, asked.resume)
+        run, images, labels = open_run(out, device, settings, asked.resume, asked.from_)
         announce(run, images, labels)
         stopped = train(run, images, labels, out, asked.compile)
     if stopped:

@@ -17,7 +17,7 @@ def setting(default, help="", low=None, high=None, choices=None):
 
 
 def flag(name: str) -> str:
-    return "-n" if name == "n" else "--" + name.replace("_", "-")
+    return "-n" if name == "n" else "--" + name.rstrip("_").replace("_", "-")
 
 
 def kind(default) -> type:
@@ -104,6 +104,8 @@ class Training:
                           choices=tuple(PRESETS))
     out: str = setting("out", "folder for checkpoint and pictures")
     resume: bool = setting(False, "continue the run whose checkpoint is in --out, exactly")
+    from_: str | None = setting(None, "begin with the weights of this network, with its sizes and its "
+                                "schedule: a file of ours, or a published network's folder")
     device: str | None = setting(None, "cuda, mps or cpu; by default the best one here")
     deterministic: bool = setting(False, "bit for bit repeatable on a GPU too; slower")
     compile: bool = setting(False, "use torch.compile: slow to start, then faster")
@@ -172,7 +174,7 @@ def options(description: str, *settings: type, names: tuple = ()) -> ArgumentPar
             how = dict(action=BooleanOptionalAction)
         elif isinstance(shown, tuple):
             shown, how["nargs"] = " ".join(map(str, shown)), "+"
-        parser.add_argument(flag(rule.name), **how, help=rule.metadata["help"] + (
+        parser.add_argument(flag(rule.name), dest=rule.name, **how, help=rule.metadata["help"] + (
             f" ({shown})" if shown is not None else ""))
     return parser
 

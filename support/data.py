@@ -65,10 +65,11 @@ def load(path: str | Path | None = None, with_labels: bool = True) -> tuple:
 def split(count: int) -> tuple[np.ndarray, np.ndarray]:
     """The indices of the images to train on, and of the tenth that is held out for evaluation.
 
-    A fixed permutation decides, since files are often sorted by label.
+    A fixed permutation decides, since files are often sorted by label, and the tenth stays in its
+    order: the first few of them are of all labels too.
     """
     held_out = np.random.default_rng(0).permutation(count)[:count // 10]
-    return np.setdiff1d(np.arange(count), held_out), np.sort(held_out)
+    return np.setdiff1d(np.arange(count), held_out), held_out
 
 
 def fingerprint(images: np.ndarray, labels: np.ndarray | None) -> str:
@@ -80,21 +81,26 @@ def fingerprint(images: np.ndarray, labels: np.ndarray | None) -> str:
 
 
 def held_out_images(path: str | Path | None, config, least: int, most: int) -> tuple:
-    """The first held-out images, (N, H, W, C) uint8, and their labels (N,) or None.
+    """Images that the network has not seen, (N, H, W, C) uint8, and their labels (N,) or None.
 
-    path: None for the data of the training.  Raises ValueError if there are fewer than `least`, or
-    if the network of `config` draws images of another size or was trained on other data.
+    path: None for the data of the training, of which a tenth is held out; of a file of other images
+    all are unseen.  Raises ValueError if there are fewer than `least`, or if the network of `config`
+    draws images of another size or was trained on other data than those at None.
     """
     images, labels = load(path or config.data, with_labels=config.num_classes > 0)
-    if path is None and fingerprint(images, labels) != config.fingerprint:
+    others = fingerprint(images, labels) != config.fingerprint
+    if path is None and others:
         raise ValueError(f"the network was trained on other images than {config.data or DIGITS}: "
                          "name images that it has not seen with --data")
-    held_out, (channels, *size) = split(len(images))[1], config.image_shape
-    if len(held_out) < least or images.shape[1:] != (*size, channels):
-        raise ValueError(f"{path or config.data or DIGITS} has {len(held_out)} held-out images of "
-                         f"{images.shape[1:]}; needed are {least} of {(*size, channels)}")
-    held_out = held_out[:most]
-    return images[held_out], None if labels is None else labels[held_out]
+    unseen, (channels, *size) = split(len(images))[1], config.image_shape
+    if others:
+        unseen = np.random.default_rng(0).permutation(len(images))
+    if len(unseen) < least or images.shape[1:] != (*size, channels):
+        raise ValueError(f"{path or config.data or DIGITS} has {len(unseen)} images of "
+                         f"{images.shape[1:]} that it has not seen; needed are {least} of "
+                         f"{(*size, channels)}")
+    unseen = unseen[:most]
+    return images[unseen], None if labels is None else labels[unseen]
 
 
 # ── Files ─────────────────────────────────────────────────────────────────────────────────────────

@@ -9,15 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from support.config import PRESETS, Config
+from support.config import PRESETS, Config, flag
 from support.data import DIGITS, fingerprint, load, parsing
 from support.devices import processes, seed_from
 from support.muon import optimizers
 from support.pictures import atomic_write
-from support.weights import config_from, read_tensors, write_tensors
+from support.weights import config_from, load_network, read_tensors, relabelled, write_tensors
 from unet import UNet
 
 CHECKPOINT, NETWORK = "checkpoint.safetensors", "network.safetensors"
+# What a network keeps when it is trained further, with --from: its sizes and its schedule.
+KEPT = ("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_groups",
+        "patch_size", "schedule", "T", "beta_1", "beta_T")
 
 
 class Run:
@@ -46,6 +49,11 @@ class Run:
                 | {f"ema.{name}": p for name, p in self.ema.state_dict().items()}
                 | {f"{key}.{names[p]}": value for optimizer in self.optimizers
                    for p, state in optimizer.state.items() for key, value in state.items()})
+
+    def begin_with(self, net: UNet):
+        """Take over another network's weights; its labels too, if there are as many of them."""
+        for module in (self.net, self.ema):
+            module.load_state_dict(relabelled(net.state_dict(), self.config.num_classes))
 
     def restore(self, path: Path, found: dict[str, Tensor], metadata: dict[str, str]):
         """Become the run that was saved.  Raises ValueError, with the name, for what differs."""
@@ -108,11 +116,12 @@ def lock(folder: Path):
     return os.fdopen(file, "rb")
 
 
-def open_run(folder: Path, device: torch.device, named: dict, resume: bool) -> tuple:
+def open_run(folder: Path, device: torch.device, named: dict, resume: bool,
+             weights: str | None = None) -> tuple:
     """The run, all images and their labels, in a folder that is locked.  Nothing is written here.
 
     named: the settings of the command line; a run that goes on takes only --steps and --data from
-    it.  Raises ValueError or OSError for all that can be mended.
+    it.  weights: a network to begin with.  Raises ValueError or OSError for all that can be mended.
     """
     path = folder / CHECKPOINT
     if resume != path.exists():
@@ -122,10 +131,14 @@ def open_run(folder: Path, device: torch.device, named: dict, resume: bool) -> t
         found, metadata = read_tensors(path)
         with parsing(path, "the checkpoint of a run"):
             begun = config_from(metadata)
-        if named.keys() - {"steps", "data"}:
+        if weights or named.keys() - {"steps", "data"}:
             raise ValueError("--resume goes on with the settings of the run: only --steps, --data, "
                              "--out and --device may be named beside it")
     preset = PRESETS[named.pop("preset", "digits")]
+    net, theirs = load_network(weights, torch.device("cpu")) if weights else (None, {})
+    for name in KEPT if weights else ():
+        if named.setdefault(name, getattr(theirs, name)) != getattr(theirs, name):
+            raise ValueError(f"{flag(name)} is {getattr(theirs, name)} in {weights}: leave it out")
     config = replace(begun if resume else preset, **named)
     images, labels = load(config.data, config.labels)
     config = replace(config, fingerprint=fingerprint(images, labels),
@@ -137,6 +150,11 @@ def open_run(folder: Path, device: torch.device, named: dict, resume: bool) -> t
     if config.batch % processes()[1]:
         raise ValueError(f"--batch {config.batch} is no multiple of {processes()[1]} processes")
     run = Run(config, device)
+    if weights:
+        if theirs.image_shape[0] != config.image_shape[0]:
+            raise ValueError(f"{weights} is for images of {theirs.image_shape[0]} channels, and these "
+                             f"have {config.image_shape[0]}")
+        run.begin_with(net)
     if resume:
         run.restore(path, found, metadata)
         if run.step >= config.steps:

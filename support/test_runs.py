@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -32,6 +32,7 @@ from support.pictures import atomic_write
 from support.run import Run, open_run
 from support.test_data import CHANGES, changed
 from support.weights import config_from, read_tensors, write_tensors
+from unet import UNet
 
 ROOT, CPU = Path(__file__).resolve().parents[1], torch.device("cpu")
 
@@ -346,6 +347,54 @@ def test_seed_step_and_process_decide_what_is_drawn(tmp_path, monkeypatch):
     run.save(tmp_path / "out", Mock(side_effect=AssertionError))
     assert not (tmp_path / "out").exists()
     assert len({seed_from(use, 0, 1) for use in ("data", "noise", "dropout")}) == 3
+
+
+@pytest.mark.parametrize("classes", [2, 3, 0])
+def test_a_network_is_trained_further(classes, tiny, call, tmp_path):
+    """--from: the first step is that of a new run with these weights; sizes and schedule are the
+    network's, its labels too if there are as many, and else the new ones begin as "no label".
+    """
+    theirs = Config(image_shape=(1, 8, 8), model_channels=8, num_classes=classes, patch_size=1,
+                    T=20, beta_T=0.5)
+    torch.manual_seed(1)
+    net = UNet(theirs)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.1)
+    with open("net", "wb") as file:
+        write_tensors(file, net.state_dict(), dict(config=json.dumps(asdict(theirs))))
+    argv = ["--data", tiny, "--steps", 1, "--batch", 16, "--lr", 1e-3, "--device", "cpu",
+            "--float32", "--from", "net", "--out"]
+    assert call(train, *argv, "a")[0] == 0
+    found, metadata = read_tensors(Path("a/checkpoint.safetensors"))
+    config, (images, labels) = config_from(metadata), load(tiny)
+    assert (config.model_channels, config.patch_size, config.T, config.beta_T) == (8, 1, 20, 0.5)
+    run, tensors = Run(config, CPU), net.state_dict()
+    if classes != 2:
+        null = tensors["label_table"][-1] if classes else torch.zeros(32)
+        tensors["label_table"] = torch.stack([null] * 3)
+    for module in (run.net, run.ema):
+        module.load_state_dict(tensors)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 17])
+    assert torch.allclose(run.net(x, t), net(x, t), atol=1e-6)                   # with no label
+    next(train.algorithm_1(run, run.net, train.batches(images, labels, config, CPU),
+                           train.on_device(schedule_from(config), CPU)))
+    for name, tensor in run.tensors().items():
+        assert torch.allclose(found[name], tensor, atol=1e-6), name
+    status, _, errors = call(train, *argv, "b", "--T", 7)
+    assert status == 2 and "--T is 20 in net: leave it out" in errors
+    assert call(train, *argv, "a", "--resume")[0] == 2
+
+
+def test_a_network_keeps_its_prediction_where_labels_are_lost():
+    """--from: where the images have no labels, the network predicts what it did with none."""
+    labelled = Config(image_shape=(1, 8, 8), model_channels=8, num_classes=3, patch_size=1)
+    net, run = UNet(labelled), Run(replace(labelled, num_classes=0), CPU)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.1)
+    run.begin_with(net)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 17])
+    for module in (run.net, run.ema):
+        assert torch.allclose(module(x, t), net(x, t), atol=1e-5)
 
 
 def test_each_process_has_a_gpu_of_its_own(call, monkeypatch):

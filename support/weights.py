@@ -82,6 +82,21 @@ def load_network(path: str | Path, device: torch.device) -> tuple[UNet, Config]:
     return net.float().to(device).eval(), config
 
 
+def relabelled(tensors: dict[str, Tensor], num_classes: int) -> dict[str, Tensor]:
+    """The tensors of a network for so many labels.  If it has others, each of the new ones begins as
+    its "no label"; without labels that becomes a bias, and without a table it is 0.
+    """
+    table, bias = tensors.get("label_table"), tensors["time_mlp.2.bias"]
+    if table is None or len(table) != num_classes + 1:
+        null = torch.zeros_like(bias) if table is None else table[-1]
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "label_table"}
+        if num_classes:
+            tensors["label_table"] = null.repeat(num_classes + 1, 1)
+        else:
+            tensors["time_mlp.2.bias"] = bias + null
+    return tensors
+
+
 # ── Published networks ────────────────────────────────────────────────────────────────────────────
 
 # Settings that have only one value here, and of those the ones whose default is another.
