@@ -90,8 +90,7 @@ def test_the_formulas_beside_the_paper_are_what_is_computed():
     w = np.exp(said(posterior.best_x0, r"softmax_i\((.*)\) ", x_i=images))
     f = [np.cos(said(ddpm.cosine, r"cos²\((.*)\) ", t=k, T=9, π=np.pi)) ** 2 for k in range(10)]
     omega = said(time_embedding, r"ω_k = (.*\)) ", k=np.arange(4), width=8)
-    nets = ema, net = [torch.nn.Linear(1, 1) for _ in range(2)]
-    before = [each.weight.item() for each in nets]
+    ema, net = (torch.nn.ParameterList([torch.tensor([value])]) for value in (0.25, 0.75))
     train.update_ema(ema, net, 20, 0.9)
     d = said(train.update_ema, r"d = (.*\))", step=20, decay=0.9)
     config = replace(PRESETS["digits"], steps=40, warmup=8)
@@ -114,7 +113,7 @@ def test_the_formulas_beside_the_paper_are_what_is_computed():
             (time_embedding(torch.tensor([2]), 8)[0], np.r_[np.sin(2 * omega), np.cos(2 * omega)]),
             ([train.lr_scale(step, config) for step in (3, 30)], [
                 said(train.lr_scale, r"^(.*?), the", step=k, steps=40, warmup=8) for k in (3, 30)]),
-            (ema.weight.item(), np.dot(before, [d, 1 - d])),
+            (ema[0].item(), 0.25 * d + 0.75 * (1 - d)),
             (train.stratified(torch.from_numpy(draws + 1), 9),
              said(train.stratified, "← (.*?⌋)", k=draws, T=9, n=8, t_k=draws + 1)),
             (posterior.C(t, v, schedule), said(posterior.C, r"it is (.*)\.")),
