@@ -119,6 +119,11 @@ def print_bound(net, config: Config, images: np.ndarray, labels: np.ndarray | No
         print(f"{t:5d}{rate[t]:10.4f}{distortion[t]:13.2f}")
 
 
+def bits_of_x_T(images: np.ndarray, schedule: Schedule) -> float:
+    """L_T of uint8 images, in bits per dimension: near 0 if x_T is noise                 Ho (5), N2"""
+    return posterior.bits_per_dim(posterior.L_T(to_pixels(images), schedule))
+
+
 # ── The best network that there can be, and copies ────────────────────────────────────────────────
 
 def least_loss(images: np.ndarray, labels: np.ndarray | None, config: Config,

@@ -8,6 +8,8 @@ two, and nothing else of the repository.
 the average of the weights in your last checkpoint, or else in the file that ships.  `python sample.py
 --sampler dpm --steps 20` does so in two seconds.
 """
+if __name__ == "__main__":
+    import support                         # first: Ctrl-C while the rest is imported is quiet
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice

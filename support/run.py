@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from support.config import PRESETS, Config, flag
+from support.config import PRESETS, Config, flag, schedule_from
 from support.data import DIGITS, fingerprint, load, parsing
 from support.devices import processes, seed_from
 from support.muon import optimizers
@@ -27,7 +27,7 @@ class Run:
     """What training changes: the network, its average, the optimizers; the steps and their loss."""
 
     def __init__(self, config: Config, device: torch.device):
-        self.config, self.device = config, device
+        self.config, self.device, self.schedule = config, device, schedule_from(config)
         torch.manual_seed(config.seed)
         self.net = UNet(config).to(device)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
