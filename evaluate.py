@@ -57,17 +57,25 @@ def bound(errors: np.ndarray, mean_0: np.ndarray, x0: np.ndarray, schedule: Sche
     from all, L_T exactly.
     Returns {σ_t²: {term: (mean, standard error)}}, for σ_t² = β_t and β̃_t.
     """
-    t, terms = np.arange(2, schedule.T + 1), {}
+    terms, (_, each) = {}, errors.shape
     for choice in ("beta", "beta_tilde"):
         sigma2 = posterior.reverse_variance(choice, schedule)
-        C_t, (_, each) = posterior.C(t, sigma2[t], schedule), errors.shape
-        matching = C_t * errors[t].mean(1) + posterior.matching_constant(t, sigma2[t], schedule)
-        error = np.sqrt((C_t ** 2 * errors[t].var(1, ddof=1) / each).sum())
+        C_t, matching = matching_terms(errors, sigma2, schedule)
+        error = np.sqrt((C_t ** 2 * errors.var(1, ddof=1) / each).sum())
         l_0 = posterior.L_0(x0, mean_0, sigma2[1]).mean((1, 2, 3)) / np.log(2)
         terms[choice] = {
             "L_T": (posterior.bits_per_dim(posterior.L_T(x0, schedule)), 0.0),
             "L_{t-1}": (matching.sum() / np.log(2), error / np.log(2)),
             "L_0": (l_0.mean(), l_0.std(ddof=1) / np.sqrt(len(l_0)))}
+    return terms
+
+
+def matching_terms(errors: np.ndarray, sigma2: np.ndarray, schedule: Schedule) -> np.ndarray:
+    """C_t and L_{t−1} = C_t ‖ε − ε_θ‖² + constant, t = 0..T, in nats; 0 for t < 2           Ho (12)"""
+    terms, t = np.zeros((2, schedule.T + 1)), np.arange(2, schedule.T + 1)
+    terms[0, t] = posterior.C(t, sigma2[t], schedule)
+    terms[1, t] = posterior.matching_constant(t, sigma2[t], schedule)
+    terms[1] += terms[0] * errors.mean(1)
     return terms
 
 
@@ -77,13 +85,11 @@ def rate_distortion(errors: np.ndarray, x0: np.ndarray, schedule: Schedule) -> t
     For each t, what a receiver of x_t has been sent, in bits per dimension with σ_t² = β_t, and how
     far x̂_0 is off, the root mean square in 0..255.  Two arrays, t = 0..T; index 0 is not used.
     """
-    t, sigma2 = np.arange(1, schedule.T + 1), posterior.reverse_variance("beta", schedule)
-    matching, distortion = np.zeros((2, schedule.T + 1))
-    matching[2:] = (posterior.C(t[1:], sigma2[2:], schedule) * errors[2:].mean(1)
-                    + posterior.matching_constant(t[1:], sigma2[2:], schedule))
-    distortion[1:] = 127.5 * np.sqrt(errors[1:].mean(1) / ddpm.snr(t, schedule))
-    sent = np.append(np.cumsum(matching[::-1])[::-1], 0)[1:] + posterior.L_T(x0, schedule).mean()
-    return sent / np.log(2), distortion
+    _, matching = matching_terms(errors, posterior.reverse_variance("beta", schedule), schedule)
+    sent = posterior.L_T(x0, schedule).mean() + matching.sum() - np.cumsum(matching)
+    distortion = np.zeros(schedule.T + 1)
+    distortion[1:] = np.sqrt(errors.mean(1)[1:] / ddpm.snr(np.arange(1, schedule.T + 1), schedule))
+    return sent / np.log(2), 127.5 * distortion
 
 
 def print_bound(net, config: Config, images: np.ndarray, labels: np.ndarray | None):
@@ -111,6 +117,11 @@ def print_bound(net, config: Config, images: np.ndarray, labels: np.ndarray | No
     print("    t      rate   distortion")
     for t in times(schedule.T, min(schedule.T, 10))[:0:-1]:
         print(f"{t:5d}{rate[t]:10.4f}{distortion[t]:13.2f}")
+
+
+def bits_of_x_T(images: np.ndarray, schedule: Schedule) -> float:
+    """L_T of uint8 images, in bits per dimension: near 0 if x_T is noise                 Ho (5), N2"""
+    return posterior.bits_per_dim(posterior.L_T(to_pixels(images), schedule))
 
 
 # ── The best network that there can be, and copies ────────────────────────────────────────────────

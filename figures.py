@@ -3,6 +3,7 @@
 `python figures.py` draws all of them into out/, with your last checkpoint or else the network that
 ships; `python figures.py 7 9` draws some.  Each takes Algorithm 2 from some x_t at some t.
 """
+import support                             # first: Ctrl-C while the rest is imported is quiet
 from collections.abc import Callable, Iterator
 from functools import partial
 

@@ -8,6 +8,8 @@ two, and nothing else of the repository.
 the average of the weights in your last checkpoint, or else in the file that ships.  `python sample.py
 --sampler dpm --steps 20` does so in two seconds.
 """
+if __name__ == "__main__":
+    import support                         # first: Ctrl-C while the rest is imported is quiet
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -325,7 +327,6 @@ def known_images(sampling, config, device) -> tuple:
 
 
 def main():
-    import math
     from dataclasses import replace
 
     from support import config as settings, console, devices, drawing, pictures, weights
@@ -337,12 +338,9 @@ def main():
     if out.suffix == ".png" and config.image_shape[0] not in (1, 3):
         raise ValueError(f"images of {config.image_shape[0]} channels are no .png: name an .npz")
     labels = drawing.labels_for(sampling, config.num_classes)
-    columns = math.ceil(sampling.n ** 0.5)
-    if labels is not None and sampling.label == "each":
-        columns = config.num_classes
+    columns = drawing.columns_for(sampling, config.num_classes)
     above, known = [], None
     if sampling.keep or sampling.start:
-        columns = sampling.n
         above, known = known_images(sampling, config, device)
         labels = None if labels is None else np.tile(labels, WAYS)
         sampling = replace(sampling, n=len(known))

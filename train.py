@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 import evaluate
-import posterior
 from ddpm import Schedule, l_simple, q_sample
 from sample import draw_images
 from support import console, data, devices, pictures
-from support.config import Config, Sampling, Training, named, options, schedule_from
+from support.config import Config, Sampling, Training, named, options
 from support.run import Run, lock, open_run
 
 LOG_EVERY = 10              # steps; to read a loss is to wait for the device
@@ -160,7 +159,7 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
     report = reporter(run, evaluate.held_out_loss(run.ema, config, images, labels))
     # each fifth of the run, or each 5,000 steps if that is sooner, and always with a log entry
     save_every = LOG_EVERY * max(1, min(config.steps // 5, 5000) // LOG_EVERY)
-    schedule = on_device(schedule_from(config), run.device)
+    schedule = on_device(run.schedule, run.device)
     next_batch = batches(images, labels, config, run.device)
     for loss in algorithm_1(run, predictor(run, compile), next_batch, schedule):
         losses.append(loss)
@@ -183,6 +182,7 @@ def reporter(run: Run, held_out_loss: Callable) -> Callable:
     (rank, world), device, signals = devices.processes(), run.device, []
     console.on_stop(signals.append)                          # noted here, and acted on after a step
     progress = console.Progress(run.config.steps, run.step, run.config.batch)
+    known = [held_out for _, _, held_out in run.log if not np.isnan(held_out)]
 
     def report(losses, saving):
         loss = devices.over_all(torch.stack(losses).mean(), device).item() / world
@@ -191,7 +191,7 @@ def reporter(run: Run, held_out_loss: Callable) -> Callable:
                              "may help")
         held_out = held_out_loss() if saving and rank == 0 else np.nan
         run.log.append((run.step, loss, held_out))
-        known = [held for _, _, held in run.log if not np.isnan(held)]
+        known.extend([held_out] if saving else [])
         try:
             progress(run.step, f"step {run.step} of {run.config.steps} · loss {loss:.4f}"
                      + (f" · held out {known[-1]:.4f}" if known else ""))
@@ -214,10 +214,9 @@ def draw_samples(run: Run, folder: Path):
 
 def announce(run: Run, images: np.ndarray, labels: np.ndarray | None):
     """What is about to happen, and what loss to expect."""
-    config, schedule = run.config, schedule_from(run.config)
-    training, held_out = data.split(len(images))
+    config, (training, held_out) = run.config, data.split(len(images))
     some = images[training[:100]]
-    l_T = posterior.bits_per_dim(posterior.L_T(data.to_pixels(some), schedule))
+    l_T = evaluate.bits_of_x_T(some, run.schedule)
     verdict = "x_T is noise" if l_T < 0.01 else (
         "x_T IS NOT YET NOISE: take more steps, or larger betas")
     least, known = evaluate.least_loss(images, labels, config)
@@ -230,7 +229,7 @@ def announce(run: Run, images: np.ndarray, labels: np.ndarray | None):
     for c in set(range(config.num_classes)) - set([] if labels is None else labels[training]):
         print(f"          label {c} has no image to train on: all of its images are held out")
     print(f"network   {sum(p.numel() for p in run.net.parameters()):,} parameters")
-    print(f"schedule  {config.schedule}, T = {schedule.T}: L_T = {l_T:.3g} bits/dim ({verdict})")
+    print(f"schedule  {config.schedule}, T = {config.T}: L_T = {l_T:.3g} bits/dim ({verdict})")
     print(f"loss      1 for a network that predicts no noise; {least:.4f}, the least there is for "
           f"{known} of\n          these images, for one that draws nothing but copies of them\n")
 

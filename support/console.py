@@ -42,6 +42,22 @@ def refuse(message: object):
     raise SystemExit(2)
 
 
+def one_voice(main: Callable):
+    """main(); of several processes the first one speaks for all.  If another ends by an error, it
+    waits for the launcher to end it, and speaks only if it is still there.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        with (open(os.devnull, "w") as quiet, redirect_stdout(quiet if rank else sys.stdout),
+              redirect_stderr(quiet if rank else sys.stderr)):
+            main()
+    except BaseException:
+        if rank:
+            on_stop(lambda number: os._exit(128 + number))
+            time.sleep(5)
+        raise
+
+
 def run_script(main: Callable, description: str | None = None):
     """main(): what the user can mend ends it with one line, and a bug keeps its trace.
 
@@ -53,20 +69,11 @@ def run_script(main: Callable, description: str | None = None):
             stream.reconfigure(errors="replace")               # for terminals that have no ε
         setattr(sys, name, stream)
     on_stop(lambda number: sys.exit(128 + number))
-    rank = int(os.environ.get("RANK", 0))
     try:
         if description:
             argparse.ArgumentParser(description=description, formatter_class=argparse.
                                     RawDescriptionHelpFormatter).parse_args()
-        try:
-            with (open(os.devnull, "w") as quiet, redirect_stdout(quiet if rank else sys.stdout),
-                  redirect_stderr(quiet if rank else sys.stderr)):
-                main()
-        except BaseException:
-            if rank:                         # The first of several processes speaks for all.  Then
-                on_stop(lambda number: os._exit(128 + number))         # the launcher ends the rest,
-                time.sleep(5)                                  # and who is still there speaks too.
-            raise
+        one_voice(main)
     except BrokenPipeError:                                    # nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + SIGPIPE) from None

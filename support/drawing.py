@@ -1,4 +1,5 @@
 """What a drawing begins with: the label of each image, and what is kept of it."""
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,15 @@ def labels_for(sampling: Sampling, num_classes: int) -> np.ndarray | None:
     if label != "none" and not (label.isdecimal() and int(label) < num_classes):
         raise ValueError(f"--label must be 0 .. {num_classes - 1}, each or none, not {label!r}")
     return np.full(sampling.n, num_classes if label == "none" else int(label))
+
+
+def columns_for(sampling: Sampling, num_classes: int) -> int:
+    """A column for each held-out image, or for each label, or as many as rows."""
+    if sampling.keep or sampling.start:
+        return sampling.n
+    if num_classes and sampling.label == "each":
+        return num_classes
+    return math.ceil(sampling.n ** 0.5)
 
 
 def projection(keep: str, height: int, width: int) -> Callable[[Tensor], Tensor]:

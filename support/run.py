@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from support.config import PRESETS, Config, flag
+from support.config import PRESETS, Config, flag, schedule_from
 from support.data import DIGITS, fingerprint, load, parsing
 from support.devices import processes, seed_from
 from support.muon import optimizers
@@ -27,7 +27,7 @@ class Run:
     """What training changes: the network, its average, the optimizers; the steps and their loss."""
 
     def __init__(self, config: Config, device: torch.device):
-        self.config, self.device = config, device
+        self.config, self.device, self.schedule = config, device, schedule_from(config)
         torch.manual_seed(config.seed)
         self.net = UNet(config).to(device)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
@@ -50,10 +50,20 @@ class Run:
                 | {f"{key}.{names[p]}": value for optimizer in self.optimizers
                    for p, state in optimizer.state.items() for key, value in state.items()})
 
-    def begin_with(self, net: UNet):
-        """Take over another network's weights; its labels too, if there are as many of them."""
+    def begin_with(self, net: UNet, path: str):
+        """Take over another network's weights; its labels too, if there are as many of them.
+
+        Raises ValueError for a setting of the command line that it cannot have.
+        """
+        theirs, ours = net.architecture, self.config
+        for name in KEPT:
+            if getattr(theirs, name) != getattr(ours, name):
+                raise ValueError(f"{flag(name)} is {getattr(theirs, name)} in {path}: leave it out")
+        if theirs.image_shape[0] != ours.image_shape[0]:
+            raise ValueError(f"{path} is for images of {theirs.image_shape[0]} channels, not "
+                             f"{ours.image_shape[0]}")
         for module in (self.net, self.ema):
-            module.load_state_dict(relabelled(net.state_dict(), self.config.num_classes))
+            module.load_state_dict(relabelled(net.state_dict(), ours.num_classes))
 
     def restore(self, path: Path, found: dict[str, Tensor], metadata: dict[str, str]):
         """Become the run that was saved.  Raises ValueError, with the name, for what differs."""
@@ -123,7 +133,7 @@ def open_run(folder: Path, device: torch.device, named: dict, resume: bool,
     named: the settings of the command line; a run that goes on takes only --steps and --data from
     it.  weights: a network to begin with.  Raises ValueError or OSError for all that can be mended.
     """
-    path = folder / CHECKPOINT
+    path, begun = folder / CHECKPOINT, PRESETS[named.get("preset", "digits")]
     if resume != path.exists():
         raise ValueError(f"{path} is not there: start without --resume" if resume else f"{path} is "
                          "there already: go on with --resume, or begin another run with --out")
@@ -134,29 +144,29 @@ def open_run(folder: Path, device: torch.device, named: dict, resume: bool,
         if weights or named.keys() - {"steps", "data"}:
             raise ValueError("--resume goes on with the settings of the run: only --steps, --data, "
                              "--out and --device may be named beside it")
-    preset = PRESETS[named.pop("preset", "digits")]
-    net, theirs = load_network(weights, torch.device("cpu")) if weights else (None, {})
-    for name in KEPT if weights else ():
-        if named.setdefault(name, getattr(theirs, name)) != getattr(theirs, name):
-            raise ValueError(f"{flag(name)} is {getattr(theirs, name)} in {weights}: leave it out")
-    config = replace(begun if resume else preset, **named)
-    images, labels = load(config.data, config.labels)
-    config = replace(config, fingerprint=fingerprint(images, labels),
-                     image_shape=(images.shape[3], *images.shape[1:3]),
-                     num_classes=0 if labels is None else int(labels.max()) + 1)
+    settings = {name: value for name, value in named.items() if name != "preset"}
+    if weights:
+        net, theirs = load_network(weights, torch.device("cpu"))
+        settings = {name: getattr(theirs, name) for name in KEPT} | settings
+    config, images, labels = with_data(replace(begun, **settings))
     if resume and config.fingerprint != begun.fingerprint:
         raise ValueError(f"{config.data or DIGITS} holds other images than those the run began "
                          "with: name them with --data")
-    if config.batch % processes()[1]:
-        raise ValueError(f"--batch {config.batch} is no multiple of {processes()[1]} processes")
     run = Run(config, device)
     if weights:
-        if theirs.image_shape[0] != config.image_shape[0]:
-            raise ValueError(f"{weights} is for images of {theirs.image_shape[0]} channels, and these "
-                             f"have {config.image_shape[0]}")
-        run.begin_with(net)
+        run.begin_with(net, weights)
     if resume:
         run.restore(path, found, metadata)
         if run.step >= config.steps:
             print(f"complete at step {run.step}: a larger --steps trains it further")
     return run, images, labels
+
+
+def with_data(config: Config) -> tuple:
+    """The settings with what follows from the images; all images, and their labels."""
+    images, labels = load(config.data, config.labels)
+    if config.batch % processes()[1]:
+        raise ValueError(f"--batch {config.batch} is no multiple of {processes()[1]} processes")
+    return replace(config, fingerprint=fingerprint(images, labels),
+                   image_shape=(images.shape[3], *images.shape[1:3]),
+                   num_classes=0 if labels is None else int(labels.max()) + 1), images, labels

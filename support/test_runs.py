@@ -391,7 +391,7 @@ def test_a_network_keeps_its_prediction_where_labels_are_lost():
     net, run = UNet(labelled), Run(replace(labelled, num_classes=0), CPU)
     for p in net.parameters():
         nn.init.normal_(p, std=0.1)
-    run.begin_with(net)
+    run.begin_with(net, "net")
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 17])
     for module in (run.net, run.ema):
         assert torch.allclose(module(x, t), net(x, t), atol=1e-5)
