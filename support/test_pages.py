@@ -198,7 +198,7 @@ def figures():
         r"beta_1 = 0.01\$ it would be (\d+)": 127.5 * 0.01 ** 0.5,
         r"from ([\d,]+) at \$t = 1\$ through 1 at \$t = (\d+)\$ to ([\d.]+) at": (
             ddpm.snr(1, linear), t[abs(ddpm.snr(t, linear) - 1).argmin()], ddpm.snr(1000, linear)),
-        r"bar\\alpha_T} = (0\.00\d)": root[1000], r"(\d+)-fold\.": 1 / root[1000],
+        r"bar\\alpha_T} = (0\.0\d*)": root[1000], r"(\d+)-fold\.": 1 / root[1000],
         r"T = 200\$ leave.*? = ([\d.]+)": ddpm.linear(200).alpha_bar[200] ** 0.5,
         r"takes (0\.\d+) from \$x_0": posterior.A2(3, linear),
         r"beta_t\$ (\d+)-fold": (C_2 / C_350)[0], r"(\d+)-fold from \$t = 2\$ to": (C_2 / C_350)[1],
