@@ -125,7 +125,7 @@ def draw(name: str, images, columns: int):
 @torch.no_grad()
 def main():
     parser = options(__doc__.split("\n\n")[1], Sampling, names=("weights", "data", "device"))
-    parser.add_argument("figures", nargs="*", metavar="FIGURE", help="2, 6, 7, 9 (all of them)")
+    parser.add_argument("figures", nargs="*", default=[], metavar="FIGURE", help="2, 6, 7, 9 (all of them)")
     asked = vars(parser.parse_args())
     figures = asked.pop("figures") or ["2", "6", "7", "9"]
     for name in set(figures) - {"2", "6", "7", "9"}:

@@ -24,8 +24,9 @@ from posterior import beta_tilde, reverse_step, reverse_variance
 
 # ── Algorithm 2 ───────────────────────────────────────────────────────────────────────────────────
 
-def algorithm_2(eps_theta: Callable, schedule: ddpm.Schedule, sigma2: np.ndarray, noise: Callable,
-                x_t: torch.Tensor | None = None, start: int | None = None) -> Iterator:
+def algorithm_2(eps_theta: Callable, schedule: ddpm.Schedule, sigma2: np.ndarray,
+                noise: Callable, x_t: torch.Tensor | None = None,
+                start: int | None = None) -> Iterator:
     """x_T, x_{T−1}, …, x_0                                                    Algorithm 2, N4, N8
 
     eps_theta(x_t, t) → ε_θ.  sigma2: σ_t², t = 0..T.  noise() → a fresh ε ~ N(0, I).
@@ -35,14 +36,14 @@ def algorithm_2(eps_theta: Callable, schedule: ddpm.Schedule, sigma2: np.ndarray
     >>> [x_t.item() for x_t in walk]                       # 1, 1/0.8 + 0.6, 1.85/0.8
     [1.0, 1.85, 2.3125]
     """
-    x_t = noise() if x_t is None else x_t                         # 1: x_T ~ N(0, I)
+    x_t = noise() if x_t is None else x_t       # 1: x_T ~ N(0, I)
     yield x_t
     start = schedule.T if start is None else start
-    for t in range(start, 0, -1):                                 # 2: for t = T, …, 1 do
-        z = noise() if t > 1 else 0                               # 3:   z ~ N(0, I) if t > 1, else 0
-        eps = eps_theta(x_t, t)                                   # 4:   x_{t−1} = (x_t − β_t/√(1−ᾱ_t)
-        x_t = reverse_step(x_t, eps, t, z, sigma2[t], schedule)   #        ε_θ(x_t, t))/√α_t + σ_t z
-        yield x_t                                                 # 5: end for
+    for t in range(start, 0, -1):               # 2: for t = T, …, 1 do
+        z = noise() if t > 1 else 0             # 3:   z ~ N(0, I) if t > 1, else z = 0
+        # 4:   x_{t−1} = (x_t − β_t/√(1−ᾱ_t) ε_θ(x_t, t))/√α_t + σ_t z
+        x_t = reverse_step(x_t, eps_theta(x_t, t), t, z, sigma2[t], schedule)
+        yield x_t                               # 5: end for
     # 6: return x_0, the last one
 
 

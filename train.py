@@ -33,28 +33,28 @@ def algorithm_1(run: Run, eps_theta: Callable, next_batch: Callable,
     eps_theta(x_t, t, label): the network's prediction of ε.  schedule: its tables on the device.
     """
     net, config, T = run.net, run.config, schedule.T
-    while True:                                                   # 1: repeat
+    while True:                                           # 1: repeat
         step = run.step + 1
         rng = run.rng(step)
         set_rates(run.optimizers, lr_scale(step, config))
 
-        x0, label = next_batch(step)                              # 2:   x_0 ~ q(x_0)
-        t = torch.randint(1, T + 1, x0.shape[:1],                 # 3:   t ~ Uniform({1, …, T})
+        x0, label = next_batch(step)                      # 2:   x_0 ~ q(x_0)
+        t = torch.randint(1, T + 1, x0.shape[:1],         # 3:   t ~ Uniform({1, …, T})
                           generator=rng, device=rng.device)
-        t = stratified(t, T) if config.stratified else t          #      (not the paper's)
-        eps = torch.randn(x0.shape,                               # 4:   ε ~ N(0, I)
+        t = stratified(t, T) if config.stratified else t  #      (not the paper's)
+        eps = torch.randn(x0.shape,                       # 4:   ε ~ N(0, I)
                           generator=rng, device=rng.device)
-        x_t = q_sample(x0, t.reshape(-1, 1, 1, 1), eps, schedule)   #    x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε
-        loss = l_simple(eps, eps_theta(x_t, t, label))            # 5:   take a gradient descent step on
-        net.zero_grad()
-        loss.backward()                                           #      ∇_θ ‖ε − ε_θ(x_t, t)‖²
+        x_t = q_sample(x0, t.reshape(-1, 1, 1, 1), eps, schedule)
+        loss = l_simple(eps, eps_theta(x_t, t, label))    # 5:   take a gradient descent step on
+        net.zero_grad()                                   #      ∇_θ ‖ε − ε_θ(√ᾱ_t x_0 +
+        loss.backward()                                   #                   √(1−ᾱ_t) ε, t)‖²
         nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
         for optimizer in run.optimizers:
             optimizer.step()
 
         update_ema(run.ema, net, step, config.ema_decay)
         run.step = step
-        yield loss.detach()                                       # 6: until converged
+        yield loss.detach()                               # 6: until converged
 
 
 def stratified(t: torch.Tensor, T: int) -> torch.Tensor:

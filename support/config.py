@@ -174,6 +174,8 @@ def options(description: str, *settings: type, names: tuple = ()) -> ArgumentPar
             how = dict(action=BooleanOptionalAction)
         elif isinstance(shown, tuple):
             shown, how["nargs"] = " ".join(map(str, shown)), "+"
+        if rule.metadata["choices"] is None and "action" not in how:
+            how["metavar"] = rule.name.strip("_").upper()
         parser.add_argument(flag(rule.name), dest=rule.name, **how, help=rule.metadata["help"] + (
             f" ({shown})" if shown is not None else ""))
     return parser

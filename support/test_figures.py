@@ -101,8 +101,12 @@ def test_the_ends_of_figure_9_are_the_two_images(drawn):
 
 
 def test_the_figures_that_are_named_are_drawn(call, monkeypatch, tmp_path):
-    """python figures.py: the named figure alone, or one line for what is none."""
+    """python figures.py: all of them, or the named one alone, or one line for what is none."""
+    seen = []
     monkeypatch.setattr(figures, "figure_2", partial(figures.figure_2, points=50, steps=6))
+    for name in ("figure_6", "figure_7", "figure_9"):
+        monkeypatch.setattr(figures, name, lambda net, *_: seen.append(net.training))
+    assert call(figures, "--device", "cpu")[0] == 0 and seen == [False] * 3
     status, text, errors = call(figures, 2)
     assert status == 0 and sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "figure-2-paths.png", "figure-2.png"] and not errors

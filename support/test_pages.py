@@ -302,7 +302,7 @@ def tags(text):
 LINES = {train.algorithm_1: ("repeat", "x_0 ~ q(x_0)", "t ~ Uniform({1, …, T})", "ε ~ N(0, I)",
                              "take a gradient descent step on", "∇_θ ‖ε − ε_θ(", "‖²",
                              "until converged"),
-         sample.algorithm_2: ("x_T ~ N(0, I)", "for t = T, …, 1 do", "z ~ N(0, I) if t > 1, else 0",
+         sample.algorithm_2: ("x_T ~ N(0, I)", "for t = T, …, 1 do", "z ~ N(0, I) if t > 1, else z = 0",
                               "x_{t−1} =", "+ σ_t z", "end for", "return x_0")}
 
 
