@@ -194,8 +194,8 @@ def eps_from_x0(x_t, t, x0, schedule):
 def l_simple(eps, eps_hat):
     """L_simple = ‖ε − ε_θ(x_t, t)‖², the mean over all entries                 Ho (14), N6, N7, V13
 
-    A mean, where the paper's ‖·‖² is a sum over the pixels.  eps, eps_hat: arrays, or tensors on any
-    device: train.py minimises this very function.
+    A mean, where the paper's ‖·‖² is a sum over the pixels.  eps, eps_hat: arrays, or tensors on
+    any device: train.py minimises this very function.
     Predicting no noise, ε_θ = 0, costs 1.  A perfect prediction would cost 0, and no network
     reaches that, since x_t does not determine ε.  On N(0, 1) data the least is the mean over t of
     ᾱ_t, 0.2755 for linear(), T = 1000.

@@ -71,7 +71,7 @@ def bound(errors: np.ndarray, mean_0: np.ndarray, x0: np.ndarray, schedule: Sche
 
 
 def matching_terms(errors: np.ndarray, sigma2: np.ndarray, schedule: Schedule) -> np.ndarray:
-    """C_t and L_{t−1} = C_t ‖ε − ε_θ‖² + constant, t = 0..T, in nats; 0 for t < 2           Ho (12)"""
+    """C_t and L_{t−1} = C_t ‖ε − ε_θ‖² + constant, t = 0..T, in nats; 0 for t < 2       Ho (12)"""
     terms, t = np.zeros((2, schedule.T + 1)), np.arange(2, schedule.T + 1)
     terms[0, t] = posterior.C(t, sigma2[t], schedule)
     terms[1, t] = posterior.matching_constant(t, sigma2[t], schedule)
@@ -113,14 +113,14 @@ def print_bound(net, config: Config, images: np.ndarray, labels: np.ndarray | No
         print(f"{choice:10} {row}{total:12.4f} ± {error:.4f}")
     print("rate = L_T + Σ L_{t−1}, distortion = L_0; ± one standard error of the estimate")
     rate, distortion = rate_distortion(errors, clean, schedule)
-    print("\nThe loss at each t; and for who has been sent x_t, the bits per dimension so far, and how "
-          "far\nx̂_0 is off, in grey levels:\n    t  ‖ε − ε_θ‖²      rate   distortion")
+    print("\nThe loss at each t; and for who has been sent x_t, the bits per dimension so far, and how"
+          " far\nx̂_0 is off, in grey levels:\n    t  ‖ε − ε_θ‖²      rate   distortion")
     for t in times(schedule.T, min(schedule.T, 10))[:0:-1]:
         print(f"{t:5d}{errors[t].mean():12.4f}{rate[t]:10.4f}{distortion[t]:13.2f}")
 
 
 def bits_of_x_T(images: np.ndarray, schedule: Schedule) -> float:
-    """L_T of uint8 images, in bits per dimension: near 0 if x_T is noise                 Ho (5), N2"""
+    """L_T of uint8 images, in bits per dimension: near 0 if x_T is noise             Ho (5), N2"""
     return posterior.bits_per_dim(posterior.L_T(to_pixels(images), schedule))
 
 

@@ -21,7 +21,7 @@ from support.weights import load_network
 # ── Points in the plane ───────────────────────────────────────────────────────────────────────────
 
 def figure_2(points: int = 1000, steps: int = 200):
-    """x_0 → x_T → x_0, for points on a spiral, with the perfect network of these points  Ho figure 2
+    """x_0 → x_T → x_0, for points on a spiral, with the perfect network of these  Ho figure 2
 
     The second picture has the paths of twenty of them, by Algorithm 2 and by DDIM with η = 0.
     """
@@ -48,7 +48,7 @@ def figure_2(points: int = 1000, steps: int = 200):
 
 
 def in_the_plane(points: np.ndarray, size: int = 64, black: int = 4) -> np.ndarray:
-    """Points (N, 2) in [-3, 3]² as a picture (1, size, size) in [-1, 1]; `black` in a pixel are it."""
+    """Points (N, 2) in [-3, 3]² as a picture (1, size, size) in [-1, 1]; `black` of them are -1."""
     count, _, _ = np.histogram2d(-points[:, 1], points[:, 0], size, ((-3, 3), (-3, 3)))
     return 1 - 2 * np.minimum(count / black, 1)[None]
 
@@ -64,7 +64,7 @@ def walk_of(net, config: Config, noise: Callable, count: int, label=None) -> tup
 
 
 def figure_6(net, config: Config):
-    """x̂_0 while it forms, t = T .. 0, a row for each image (of each label)       Ho figures 6, 10"""
+    """x̂_0 while it forms, t = T .. 0, a row for each image (of each label)    Ho figures 6, 10"""
     noise, T = noise_of(net, config, range(10)), config.T
     label = np.arange(10) % config.num_classes if config.num_classes else None
     walk, x0_theta = walk_of(net, config, noise, 10, label)
@@ -75,7 +75,7 @@ def figure_6(net, config: Config):
 
 
 def figure_7(net, config: Config):
-    """One x_t, and six x_0 from it, for t = T, ¾T, ½T, ¼T: what is decided when       Ho figure 7"""
+    """One x_t, and six x_0 from it, for t = T, ¾T, ½T, ¼T: what is decided when     Ho figure 7"""
     one, _ = walk_of(net, config, noise_of(net, config, range(1)), 1)
     walked, rows = list(followed(one(), config.T, "figure 7")), []
     for t in (config.T * quarters // 4 for quarters in (4, 3, 2, 1)):
@@ -125,7 +125,8 @@ def draw(name: str, images, columns: int):
 @torch.no_grad()
 def main():
     parser = options(__doc__.split("\n\n")[1], Sampling, names=("weights", "data", "device"))
-    parser.add_argument("figures", nargs="*", default=[], metavar="FIGURE", help="2, 6, 7, 9 (all of them)")
+    parser.add_argument("figures", nargs="*", default=[], metavar="FIGURE",
+                        help="2, 6, 7, 9 (all of them)")
     asked = vars(parser.parse_args())
     figures = asked.pop("figures") or ["2", "6", "7", "9"]
     for name in set(figures) - {"2", "6", "7", "9"}:

@@ -97,8 +97,8 @@ def reverse_variance(choice: str, schedule: Schedule) -> np.ndarray:
     """σ_t² = β_t ("beta") or β̃_t ("beta_tilde"), t = 0..T                           Ho section 3.2
 
     β_t is exact for data from N(0, I), β̃_t for a single image.  Algorithm 2 adds no noise at
-    t = 1, but the decoder L_0 needs a σ_1², and β̃_1 = 0 would leave it no width: as in the authors'
-    code, both choices have β̃_2 there (β_1 if T = 1).
+    t = 1, but the decoder L_0 needs a σ_1², and β̃_1 = 0 would leave it no width: as in the
+    authors' code, both choices have β̃_2 there (β_1 if T = 1).
     >>> reverse_variance("beta_tilde", schedule_of([0.5, 0.5]))
     array([0.      , 0.333333, 0.333333])
     """

@@ -4,9 +4,9 @@ Images are PyTorch tensors (B, C, H, W), on any device; a schedule is ddpm.py's,
 ddpm.py and posterior.py is that of NumPy's arrays too.  Down to "The command" this file needs those
 two, and nothing else of the repository.
 
-`python sample.py` is Algorithm 2, with x̂_0 clipped as in its authors' code: it draws 100 digits with
-the average of the weights in your last checkpoint, or else in the file that ships.  `python sample.py
---sampler dpm --steps 20` does so in two seconds.
+`python sample.py` is Algorithm 2, with x̂_0 clipped as in its authors' code: it draws 100 digits
+with the average of the weights in your last checkpoint, or else in the file that ships.
+`python sample.py --sampler dpm --steps 20` does so in two seconds.
 """
 if __name__ == "__main__":
     import support                         # first: Ctrl-C while the rest is imported is quiet
@@ -32,8 +32,8 @@ def algorithm_2(eps_theta: Callable, schedule: ddpm.Schedule, sigma2: np.ndarray
     eps_theta(x_t, t) → ε_θ.  sigma2: σ_t², t = 0..T.  noise() → a fresh ε ~ N(0, I).
     With a given x_t and its t, `start`, it goes on from there: x_t, x_{t−1}, …, x_0.
     >>> schedule, one = ddpm.schedule_of([0.36, 0.36]), lambda: torch.ones(1)
-    >>> walk = algorithm_2(lambda x_t, t: 0, schedule, schedule.beta, one)    # √α_t = 0.8, σ_t = 0.6
-    >>> [x_t.item() for x_t in walk]                       # 1, 1/0.8 + 0.6, 1.85/0.8
+    >>> walk = algorithm_2(lambda x_t, t: 0, schedule, schedule.beta, one)
+    >>> [x_t.item() for x_t in walk]    # √α_t = 0.8, σ_t = 0.6: 1, 1/0.8 + 0.6, 1.85/0.8
     [1.0, 1.85, 2.3125]
     """
     x_t = noise() if x_t is None else x_t       # 1: x_T ~ N(0, I)
@@ -135,9 +135,9 @@ def ddim_step(x_t, t, x0, z, schedule, eta=0.0):
 
 
 def dpm_step(x_t, t, x0, x0_prev, z, schedule, eta=0.0):
-    """DDIM's step to D = x̂_0 + (x̂_0 − x̂_prev) (λ_{t−1} − λ_t)/(2 (λ_t − λ_{t+1}))   DPM-Solver++(2M)
+    """DDIM's step to D = x̂_0 + (x̂_0 − x̂_prev) (λ_{t−1} − λ_t)/(2 (λ_t − λ_{t+1}))    DPM-Solver++
 
-    Lu et al. (2022), arXiv:2211.01095: λ = ln(√ᾱ/√(1−ᾱ)) = ½ ln SNR.  D is x̂_0 as it will be half
+    Its 2M, Lu et al. (2022), arXiv:2211.01095: λ = ln(√ᾱ/√(1−ᾱ)) = ½ ln SNR.  D is x̂_0 as it will be half
     a step ahead, on the line through the two latest predictions.  η = 1 is the solver's SDE form.
     In the first step x̂_0 has no predecessor, in the last λ_0 is infinite: there D = x̂_0.
     >>> dpm_step(1.0, 2, 0.5, 0.25, 9.0, ddpm.schedule_of([0.5, 0.5, 0.5]))
@@ -249,8 +249,8 @@ def trajectory(eps_theta: Callable, schedule: ddpm.Schedule, sampling, noise: Ca
                known: torch.Tensor | None = None) -> Iterator:
     """x_T, …, x_0 by the sampler that the settings name.
 
-    known: images of which `sampling.keep` is kept, or which are noised to the schedule's last level,
-    `sampling.start`, and taken back.
+    known: images of which `sampling.keep` is kept, or which are noised to the schedule's last
+    level, `sampling.start`, and taken back.
     """
     from support import drawing
 
@@ -354,8 +354,9 @@ def main():
             used = labels is not None and sampling.guidance > 0 and max(labels) < config.num_classes
             np.savez_compressed(file, images=frames[-1], **dict(labels=labels) if used else {})
         else:
-            file.write(pictures.encode_png(
-                [pictures.image_grid(np.concatenate([*above, frame]), columns) for frame in frames]))
+            sheets = [pictures.image_grid(np.concatenate([*above, frame]), columns)
+                      for frame in frames]
+            file.write(pictures.encode_png(sheets))
     print(f"drawn: {out}, with --seed {sampling.seed}")
 
 

@@ -90,9 +90,9 @@ def set_rates(optimizers: list[torch.optim.Optimizer], scale: float):
 def update_ema(ema: nn.Module, net: nn.Module, step: int, decay: float):
     """θ_ema ← d θ_ema + (1 − d) θ,  d = min(decay, (1 + step)/(10 + step))
 
-    Until d reaches `decay` (0.999 after 8,990 steps: not in the default 2,000) the average spans the
-    latest tenth of the steps.  A constant 0.999 would still give the random weights at the start a
-    share of 0.135 after 2,000.
+    Until d reaches `decay` (0.999 after 8,990 steps: not in the default 2,000) the average spans
+    the latest tenth of the steps.  A constant 0.999 would still give the random weights at the
+    start a share of 0.135 after 2,000.
     """
     d = min(decay, (1 + step) / (10 + step))
     for average, weight in zip(ema.parameters(), net.parameters()):
@@ -176,8 +176,8 @@ def train(run: Run, images: np.ndarray, labels: np.ndarray | None, folder: Path,
 
 
 def reporter(run: Run, held_out_loss: Callable) -> Callable:
-    """report(losses, saving): log their mean over all processes and, when saving, the average's loss
-    on held-out images; print one line.  Returns the signal that asks any process to stop, or 0.
+    """report(losses, saving): log their mean over all processes and, when saving, the average's
+    loss on held-out images; print one line.  Returns the signal that asks any to stop, or 0.
     """
     (rank, world), device, signals = devices.processes(), run.device, []
     console.on_stop(signals.append)                          # noted here, and acted on after a step

@@ -62,8 +62,8 @@ class Config(Architecture):
     beta2: float = setting(0.99, "Adam's second beta", 0.0, 0.999999)
     grad_clip: float = setting(1.0, "largest norm of the gradient", 1e-9, 1e9)
     ema_decay: float = setting(0.999, "decay of the weights' moving average", 0.0, 1.0)
-    stratified: bool = setting(True, "draw one t from each of as many equal parts of 1 .. T as there "
-                               "are images; the paper draws each t alone")
+    stratified: bool = setting(True, "draw one t from each of as many equal parts of 1 .. T as "
+                               "there are images; the paper draws each t alone")
     p_uncond: float = setting(0.1, "share of the images whose label is dropped", 0.0, 1.0)
     seed: int = setting(0, "of the weights, of the images' order and of the noise", 0, 2**62)
     float32: bool = setting(False, "compute in float32 even where bfloat16 is faster")
@@ -104,8 +104,8 @@ class Training:
                           choices=tuple(PRESETS))
     out: str = setting("out", "folder for checkpoint and pictures")
     resume: bool = setting(False, "continue the run whose checkpoint is in --out, exactly")
-    from_: str | None = setting(None, "begin with the weights of this network, with its sizes and its "
-                                "schedule: a file of ours, or a published network's folder")
+    from_: str | None = setting(None, "begin with the weights of this network, with its sizes and "
+                                "its schedule: a file of ours, or a published network's folder")
     device: str | None = setting(None, "cuda, mps or cpu; by default the best one here")
     deterministic: bool = setting(False, "bit for bit repeatable on a GPU too; slower")
     compile: bool = setting(False, "use torch.compile: slow to start, then faster")
@@ -128,12 +128,13 @@ class Sampling:
                               100.0)
     label: str = setting("each", "a class; none; or each: all classes in turn, a column for each "
                          "(with --keep or --start: none)")
-    start: int = setting(0, "take held-out images, noised to this t, back in four ways each; 0: draw "
-                         "from noise alone", 0, 10**6)
+    start: int = setting(0, "take held-out images, noised to this t, back in four ways each; 0: "
+                         "draw from noise alone", 0, 10**6)
     keep: str | None = setting(None, "keep a part of held-out images, complete each in four ways: "
                                f"{', '.join(KEEP)}; or a mask.npy, 1 where the image is kept")
     resample: int = setting(1, "with --keep: how often each step is taken", 1, 1000)
-    n: int = setting(100, "how many images; with --keep or --start, how many held-out ones", 1, 10**6)
+    n: int = setting(100, "how many images; with --keep or --start, how many held-out ones", 1,
+                     10**6)
     batch: int = setting(100, "images at a time: fewer need less memory", 1, 10**5)
     weights: str | None = setting(None, "a network, a checkpoint or a published network's folder; "
                                   "by default out/checkpoint.safetensors, else the one that ships")

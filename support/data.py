@@ -84,8 +84,8 @@ def held_out_images(path: str | Path | None, config, least: int, most: int) -> t
     """Images that the network has not seen, (N, H, W, C) uint8, and their labels (N,) or None.
 
     path: None for the data of the training, of which a tenth is held out; of a file of other images
-    all are unseen.  Raises ValueError if there are fewer than `least`, or if the network of `config`
-    draws images of another size or was trained on other data than those at None.
+    all are unseen.  Raises ValueError if there are fewer than `least`, or if the network of
+    `config` draws images of another size or was trained on other data than those at None.
     """
     images, labels = load(path or config.data, with_labels=config.num_classes > 0)
     others = fingerprint(images, labels) != config.fingerprint

@@ -32,11 +32,11 @@ class Run:
         self.net = UNet(config).to(device)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.optimizers = optimizers(self.net, config.lr, config.beta2, config.muon_lr)
-        self.step, self.log = 0, []         # (step, mean loss since the last entry, held-out or NaN)
+        self.step, self.log = 0, []     # (step, mean loss since the last entry, held out or NaN)
 
     def rng(self, step: int) -> torch.Generator:
-        """The random numbers of one step.  They follow from the seed, the step and the process alone,
-        dropout's too, so a run that goes on needs no state of them.
+        """The random numbers of one step.  They follow from the seed, the step and the process
+        alone, dropout's too, so a run that goes on needs no state of them.
         """
         key = self.config.seed, step, processes()[0]
         torch.manual_seed(seed_from("dropout", *key))

@@ -300,8 +300,8 @@ def test_what_is_kept_is_a_projection(keep, rows, columns, seed):
 
 
 def test_a_mask_of_one_s_own_and_what_cannot_be_kept(tmp_path):
-    """completion: an .npy of ones keeps the image, of zeros and ones its pixels; another size, other
-    values, and sides that have no 4 x 4 means, are refused.
+    """completion: an .npy of ones keeps the image, of zeros and ones its pixels; another size,
+    other values, and sides that have no 4 x 4 means, are refused.
     """
     mask, x = np.eye(8)[:, :6].astype(np.uint8), torch.randn(2, 3, 8, 6)
     np.save(tmp_path / "mask.npy", mask), np.save(tmp_path / "ones.npy", np.ones((8, 6), bool))

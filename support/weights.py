@@ -83,8 +83,8 @@ def load_network(path: str | Path, device: torch.device) -> tuple[UNet, Config]:
 
 
 def relabelled(tensors: dict[str, Tensor], num_classes: int) -> dict[str, Tensor]:
-    """The tensors of a network for so many labels.  If it has others, each of the new ones begins as
-    its "no label"; without labels that becomes a bias, and without a table it is 0.
+    """The tensors of a network for so many labels.  If it has others, each of the new ones begins
+    as its "no label"; without labels that becomes a bias, and without a table it is 0.
     """
     table, bias = tensors.get("label_table"), tensors["time_mlp.2.bias"]
     if table is None or len(table) != num_classes + 1:
@@ -166,7 +166,8 @@ def our_tensors(found: dict[str, Tensor], names, config: Config) -> dict[str, Te
     ours = {name: torch.cat([found[part].float() for part in parts[name]]) for name in names}
     sin_1, cos_1 = time_embedding(torch.tensor([1]), config.model_channels)[0].chunk(2)
     sin, cos = ours["time_mlp.0.weight"].chunk(2, dim=1)
-    ours["time_mlp.0.weight"] = torch.cat([sin * cos_1 + cos * sin_1, cos * cos_1 - sin * sin_1], dim=1)
+    rotated = [sin * cos_1 + cos * sin_1, cos * cos_1 - sin * sin_1]
+    ours["time_mlp.0.weight"] = torch.cat(rotated, dim=1)
     return ours
 
 
