@@ -113,8 +113,8 @@ def print_bound(net, config: Config, images: np.ndarray, labels: np.ndarray | No
         print(f"{choice:10} {row}{total:12.4f} ± {error:.4f}")
     print("rate = L_T + Σ L_{t−1}, distortion = L_0; ± one standard error of the estimate")
     rate, distortion = rate_distortion(errors, clean, schedule)
-    print("\nThe loss at each t; and for who has been sent x_t, the bits per dimension so far, and how"
-          " far\nx̂_0 is off, in grey levels:\n    t  ‖ε − ε_θ‖²      rate   distortion")
+    print("\nThe loss at each t; and for who has been sent x_t, the bits per dimension so far, and "
+          "how far\nx̂_0 is off, in grey levels:\n    t  ‖ε − ε_θ‖²      rate   distortion")
     for t in times(schedule.T, min(schedule.T, 10))[:0:-1]:
         print(f"{t:5d}{errors[t].mean():12.4f}{rate[t]:10.4f}{distortion[t]:13.2f}")
 

@@ -135,10 +135,11 @@ def ddim_step(x_t, t, x0, z, schedule, eta=0.0):
 
 
 def dpm_step(x_t, t, x0, x0_prev, z, schedule, eta=0.0):
-    """DDIM's step to D = x̂_0 + (x̂_0 − x̂_prev) (λ_{t−1} − λ_t)/(2 (λ_t − λ_{t+1}))    DPM-Solver++
+    """DDIM's step to D = x̂_0 + (x̂_0 − x̂_prev) (λ_{t−1} − λ_t)/(2 (λ_t − λ_{t+1}))  DPM-Solver++
 
-    Its 2M, Lu et al. (2022), arXiv:2211.01095: λ = ln(√ᾱ/√(1−ᾱ)) = ½ ln SNR.  D is x̂_0 as it will be half
-    a step ahead, on the line through the two latest predictions.  η = 1 is the solver's SDE form.
+    Its 2M, Lu et al. (2022), arXiv:2211.01095: λ = ln(√ᾱ/√(1−ᾱ)) = ½ ln SNR.  D is x̂_0 as it will
+    be half a step ahead, on the line through the two latest predictions.  η = 1 is the solver's
+    SDE form.
     In the first step x̂_0 has no predecessor, in the last λ_0 is infinite: there D = x̂_0.
     >>> dpm_step(1.0, 2, 0.5, 0.25, 9.0, ddpm.schedule_of([0.5, 0.5, 0.5]))
     1.0

@@ -59,7 +59,7 @@ def projection(keep: str, height: int, width: int) -> Callable[[Tensor], Tensor]
         with parsing(Path(keep), "a mask"):
             found, _ = read(Path(keep), with_labels=False)
         if found.shape != (height, width) or not np.isin(found, (0, 1)).all():
-            raise ValueError(f"{keep} must be an array of {height} x {width} zeros and ones, 1 where"
-                             f" the image is kept, not {found.dtype} {found.shape}")
+            raise ValueError(f"{keep} must be an array of {height} x {width} zeros and ones, 1 "
+                             f"where the image is kept, not {found.dtype} {found.shape}")
         mask += torch.from_numpy(found.astype(np.float32))
     return lambda x: mask.to(x) * x

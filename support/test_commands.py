@@ -603,13 +603,13 @@ def unfit(tmp_path_factory):
     (sample, ["--start", 1001], "--start must be 1 .. 1000"),
     (sample, ["--out", "x.jpg"], "must end in .png"), (sample, ["--out", "file/x.png"], "file"),
     (sample, ["--resample", 2], "--resample belongs to --keep"),
-    (sample, ["--keep", "left", "--data", "small.npz"], "99 images of (8, 8, 1) that it has not seen"),
+    (sample, ["--keep", "left", "--data", "small.npz"], "99 images of (8, 8, 1)"),
     (sample, ["--keep", "left", "--data", "few.npz", "-n", 100], "few.npz has 99 images"),
     (sample, ["--keep", "left"], "trained on other images than"),
     (sample, ["--weights", "missing"], "missing: No such file"),
     (sample, ["--weights", "nan"], "some pixels are not finite"),
     (sample, ["--weights", "rgba"], "images of 4 channels are no .png: name an .npz"),
-    (evaluate, ["--data", "small.npz"], "99 images of (8, 8, 1) that it has not seen"),
+    (evaluate, ["--data", "small.npz"], "99 images of (8, 8, 1)"),
     (evaluate, ["--data", "bare.npz"], "trained with labels 0 .. 9"),
     (evaluate, ["--data", "eleven.npz"], "trained with labels 0 .. 9")])
 def test_what_the_user_can_mend_is_told_in_one_line(script, argv, says, unfit, call, monkeypatch):
