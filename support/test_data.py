@@ -24,10 +24,9 @@ IMAGES = np.arange(20 * 6 * 4, dtype=np.uint16).reshape(20, 6, 4).astype(np.uint
 LABELS = np.arange(20) % 7
 
 
-def decoded(path, every=False):
-    """The pixels of a PNG of this project, by the standard's own rules, and its frame count.
-
-    every: the pixels of all frames of an animation, in a list, instead of the default image's.
+def decoded(path):
+    """The pixels of a PNG of this project, by the standard's own rules; of an animation the default
+    image's, and those of all frames.
     """
     body, chunks, position = path.read_bytes(), [], 8
     assert body[:8] == b"\x89PNG\r\n\x1a\n"
@@ -39,20 +38,20 @@ def decoded(path, every=False):
         position += 12 + size
     width, height, depth, colour = struct.unpack_from(">IIBB", chunks[0][1])
     channels, images = {0: 1, 2: 3}[colour], []
-    for data in [dict(chunks)[b"IDAT"], *(c[4:] for n, c in chunks if n == b"fdAT" and every)]:
+    for data in [dict(chunks)[b"IDAT"], *(c[4:] for name, c in chunks if name == b"fdAT")]:
         rows = np.frombuffer(zlib.decompress(data), np.uint8).reshape(height, 1 + width * channels)
         assert depth == 8 and not rows[:, 0].any()
         images.append(rows[:, 1:].reshape(height, width, channels))
-    pauses = [np.divide(*struct.unpack_from(">HH", c, 20)) for name, c in chunks if name == b"fcTL"]
-    frames = len(pauses)
+    frames = len(images) - 1
     assert [name for name, _ in chunks] == [b"IHDR", *[b"acTL"] * (frames > 0), b"IDAT",
                                             *[b"fcTL", b"fdAT"] * frames, b"IEND"]
     if frames:                                  # played without end, the last frame for two seconds
         assert struct.unpack(">II", dict(chunks)[b"acTL"]) == (frames, 0)
-        assert pauses == [0.1] * (frames - 1) + [2]
+        pauses = [struct.unpack_from(">HH", c, 20) for name, c in chunks if name == b"fcTL"]
+        assert [a / b for a, b in pauses] == [0.1] * (frames - 1) + [2]
         numbers = [struct.unpack_from(">I", c)[0] for n, c in chunks if n in (b"fcTL", b"fdAT")]
         assert numbers == list(range(2 * frames))
-    return images[1:] if every else images[0], frames
+    return images[0], images[1:]
 
 
 def changed(body, changes):
@@ -127,14 +126,11 @@ def test_arrays_are_taken_by_name(name, tmp_path, capsys):
     assert capsys.readouterr().out == told and files.load(tmp_path / "a.NPZ", False)[1] is None
 
 
-def without_array(member):
-    """An .npz of ours, whose `member` is no array."""
-    body = written(np.savez, **arrays())
-    with zipfile.ZipFile(io.BytesIO(body)) as found, zipfile.ZipFile(
-            packed := io.BytesIO(), "w") as archive:
-        for name in found.namelist():
-            archive.writestr(name, b"none" if name == member else found.read(name))
-    return packed.getvalue()
+def zipped(**members):
+    with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:
+        for name, body in members.items():
+            archive.writestr(f"{name}.npy", body)
+    return file.getvalue()
 
 
 LARGE, SHAPES = np.zeros((99, 99, 99), np.uint8), [
@@ -152,8 +148,8 @@ LARGE, SHAPES = np.zeros((99, 99, 99), np.uint8), [
     ("a.npz", arrays(labels=LABELS == 1), "not bool"), ("a.npz", arrays(labels=["x"] * 20), "<U1"),
     ("a.npz", arrays(labels=LABELS[:3]), "20 images must be 20 whole numbers"),
     ("a.npz", arrays(images=np.array([Path("x")], dtype=object)), "Object arrays"),
-    ("a.npz", without_array("images.npy"), "it holds |S4 ()"),
-    ("a.npz", without_array("labels.npy"), "not |S4 ()"),
+    ("a.npz", zipped(images=b"none"), "it holds |S4 ()"),
+    ("a.npz", zipped(images=written(np.save, IMAGES), labels=b"none"), "not |S4 ()"),
     ("a.npz", written(np.savez_compressed, images=LARGE), "too large: save images.npy and, beside"),
     ("idx.gz", gz(LARGE)[:40], "too large"), ("idx", idx(LARGE)[:16], "too large"),
     ("text.npy", b"no images", "the magic"), ("short.npz", b"PK\x03\x04", "File is not a zip"),
@@ -216,6 +212,7 @@ def test_the_embedded_digits():
     held_out, their_labels = files.held_out_images(files.DIGITS, Config(num_classes=10), 2, 7)
     rows = files.split(10000)[1][:7]
     assert np.array_equal(held_out, images[rows]) and np.array_equal(their_labels, labels[rows])
+    assert files.held_out_images(files.DIGITS, Config(num_classes=0), 2, 7)[1] is None
 
 
 def test_the_fingerprint_tells_data_sets_apart():
@@ -273,10 +270,9 @@ def test_a_png_holds_its_pixels(shape, tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (3, *shape)).astype(np.uint8)
     pictures.write_png(tmp_path / "a.png", frames[0])
     pictures.write_png(tmp_path / "b.png", *frames)
-    for name, shown, count in (("a.png", frames[0], 0), ("b.png", frames[2], 3)):
-        pixels, found = decoded(tmp_path / name)
-        assert np.array_equal(pixels.reshape(shape), shown) and found == count
-    every = decoded(tmp_path / "b.png", every=True)[0]
+    (one, none), (last, every) = (decoded(tmp_path / name) for name in ("a.png", "b.png"))
+    assert np.array_equal(one.reshape(shape), frames[0]) and not none
+    assert np.array_equal(last, every[2])
     assert np.array_equal(np.reshape(every, frames.shape), frames)
     page = pictures.image_grid(frames, columns=2, zoom=3, gap=1)
     assert page.shape[:2] == (2 * 16 + 1, 2 * 22 + 1)

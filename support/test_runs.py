@@ -24,7 +24,7 @@ import ddpm
 import support.run
 import train
 from conftest import TINY
-from support import console, data as files
+from support import console, data as files, devices
 from support.config import Config, schedule_from
 from support.data import load
 from support.devices import seed_from
@@ -395,6 +395,16 @@ def test_a_network_keeps_its_prediction_where_labels_are_lost():
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 17])
     for module in (run.net, run.ema):
         assert torch.allclose(module(x, t), net(x, t), atol=1e-5)
+
+
+def test_a_signal_to_one_process_stops_all(monkeypatch):
+    """Many devices: over all processes the largest signal counts, and of the loss the sum."""
+    others = {devices.dist.ReduceOp.MAX: torch.maximum, devices.dist.ReduceOp.SUM: torch.add}
+    monkeypatch.setattr(devices.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(devices.dist, "all_reduce", lambda value, op: value.copy_(
+        others[op](value, torch.tensor(15))))
+    assert [devices.over_all(own, CPU, largest=True).item() for own in (0, 2, 15)] == [15, 15, 15]
+    assert devices.over_all(2, CPU).item() == 17
 
 
 def test_each_process_has_a_gpu_of_its_own(call, monkeypatch):
