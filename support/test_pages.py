@@ -71,7 +71,8 @@ def test_the_pages_name_only_what_exists(name):
         assert (ROOT / path).exists(), path
     known = {option for parser in (train.arguments(), sample.arguments())
              for action in parser._actions for option in action.option_strings}
-    others = "--hypothesis-profile --nproc_per_node --index-url --fid --gpu --input1 --input2"
+    others = ("--hypothesis-profile --nproc_per_node --index-url --fid --gpu --input1 --input2 "
+              "--derive --mark")
     for flag in re.findall(r"(?<![\w-])(--[a-z][\w-]*)", PAGES[name]):
         assert flag in known | {*others.split()}, flag
 
