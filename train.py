@@ -191,7 +191,7 @@ def reporter(run: Run, held_out_loss: Callable) -> Callable:
                              "may help")
         held_out = held_out_loss() if saving and rank == 0 else np.nan
         run.log.append((run.step, loss, held_out))
-        known.extend([held_out] if saving else [])
+        known.extend([] if np.isnan(held_out) else [held_out])
         try:
             progress(run.step, f"step {run.step} of {run.config.steps} · loss {loss:.4f}"
                      + (f" · held out {known[-1]:.4f}" if known else ""))
