@@ -221,7 +221,7 @@ def figures():
         r"\| ([\d.]+); in the authors' code, .*? of ([\d,]+) steps \| ([\d.]+) and ([\d.]+), "
         r"a warm-up of (\d+)": (paper.lr, paper.warmup, ours.lr, ours.muon_lr, ours.warmup),
         r"beta_2 = ([\d.]+)\$": ours.beta2,
-        r"a decay of (0\.9999) \| .*? at most ([\d.]+) \|": (paper.ema_decay, ours.ema_decay),
+        r"a decay of (0\.9999) \| .*? up to ([\d.]+) \|": (paper.ema_decay, ours.ema_decay),
         r"only after ([\d,]+) steps": round((10 * 0.9999 - 1) / (1 - 0.9999), -3),
         r"so that ([\d,]+) are trained on": len(split(50_000)[0]),
         r"on ([\d,]+) of the 10,000 digits": len(split(10_000)[0]),
