@@ -34,6 +34,7 @@ import unet
 from support import console, devices
 from support import data as files
 from support.config import PRESETS, Config, Sampling, flag
+from support.drawing import projection
 from support.muon import optimizers
 from support.test_data import decoded
 from support.test_weights import network, saved
@@ -81,9 +82,10 @@ def test_the_demonstrations(module, picture, says, is_row, call):
     """V, its two notebooks: each script alone draws its picture and prints its figures."""
     status, text, errors = call(module)
     assert status == 0 and says in text and not errors
-    for line in text.splitlines():
-        if is_row and line[:5].strip().isdigit():
-            is_row(map(float, line.split()))
+    rows = [line.split() for line in text.splitlines() if line[:5].strip().isdigit()]
+    assert len(rows) == {ddpm: 7, posterior: 9, unet: 0}[module]
+    for row in rows:
+        is_row(map(float, row))
     rows = sorted(ROOT.glob(f"assets/{Path(picture).stem}*.png")) if picture else []
     for k, asset in enumerate(rows):                        # the reading guide shows it row by row
         row, page = decoded(asset)[0].astype(int), decoded(Path(picture))[0]
@@ -843,7 +845,7 @@ def test_what_belongs_together():
             Config(schedule="cosine", **named)
 
 
-def test_the_figures_in_the_help_are_those_that_do_so():
+def test_the_figures_in_the_help_are_those_that_do_so(tmp_path):
     """Options: the number that the help names before what it does is the one that does it."""
     def number(name, does, settings_=Sampling):
         told = settings_.__dataclass_fields__[name].metadata["help"]
@@ -857,6 +859,8 @@ def test_the_figures_in_the_help_are_those_that_do_so():
                          for z in (0, 1)])
         assert spread ** 2 == pytest.approx(variance)
     assert not Sampling(start=int(number("start", "draw from noise"))).start
+    np.save(tmp_path / "mask.npy", np.full((4, 4), number("keep", "where the image is kept")))
+    assert projection(str(tmp_path / "mask.npy"), 4, 4)(torch.ones(4, 4)).all()
     alone = int(number("attention_resolutions", "only the middle has it", Config))
     net = unet.UNet(Config(attention_resolutions=(alone,)))
     assert sum(isinstance(module, unet.Attention) for module in net.modules()) == 1
