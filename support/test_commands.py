@@ -2,11 +2,15 @@
 
 With betas of 1e-6 an x_t tells its x_0 exactly, and what is left of it is ε.
 """
+import contextlib
 import functools
 import inspect
+import itertools
 import json
+import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +33,9 @@ import train
 import unet
 from support import console, devices
 from support import data as files
-from support.config import PRESETS, Config, Sampling
+from support.config import PRESETS, Config, Sampling, flag
+from support.drawing import projection
+from support.muon import optimizers
 from support.test_data import decoded
 from support.test_weights import CONFIG, network, saved
 from support.weights import config_from, load_network, read_tensors
@@ -42,15 +48,44 @@ SMALL = ["--model-channels", 8, "--device", "cpu"]
 
 # ── The demonstrations ────────────────────────────────────────────────────────────────────────────
 
-@pytest.mark.parametrize("module, picture, says", [
-    (ddpm, "out/letter.png", "1000    0.965  -0.977     10.607     -0.010   0.002      0.999"),
-    (posterior, "out/posterior.png", "    3    0.611293    0.388707"),
+def is_a_row_of_ddpm(row):
+    """V1, V2, V4: means and variances of 100 draws, to five standard errors, and the SNR."""
+    t, *found, snr = row
+    schedule, var_0 = ddpm.linear(), 1 - (704 / 1024) ** 2       # 864 pixels are paper, 160 are ink
+    kept, added = schedule.alpha_bar[int(t)], schedule.beta[:int(t) + 1].sum()
+    assert found == pytest.approx([1, -1, var_0 + added, kept ** 0.5, -kept ** 0.5,
+                                   1 - kept * (1 - var_0)], rel=0.025, abs=0.13)
+    assert snr == pytest.approx(1 / (1 / kept - 1) if t else np.inf, rel=0.006)
+
+
+def is_a_row_of_posterior(row):
+    """Ho (7): A1, A2 and β̃ make of a draw from q(x_t|x_0) one from q(x_{t−1}|x_0), at the distance
+    from x_0 that it has, to five standard errors of 784 pixels.
+    """
+    t, a1, a2, beta_tilde, distance = row
+    schedule, x0 = ddpm.linear(), files.to_pixels(files.load()[0][7])
+    (before, now), beta = schedule.alpha_bar[int(t) - 1:int(t) + 1], schedule.beta[int(t)]
+    assert a1 * now ** 0.5 + a2 == pytest.approx(before ** 0.5, abs=2e-6)
+    assert a1 ** 2 * (1 - now) + beta_tilde == pytest.approx(1 - before, abs=5e-6)
+    assert beta_tilde * (1 - now) == pytest.approx(beta * (1 - before), rel=1e-3)
+    assert distance ** 2 == pytest.approx(
+        (1 - before ** 0.5) ** 2 * (x0 ** 2).mean() + 1 - before, rel=5 * (2 / 784) ** 0.5)
+
+
+@pytest.mark.parametrize("module, picture, says, is_row", [
+    (ddpm, "out/letter.png", "naive: the letter stays", is_a_row_of_ddpm),
+    (posterior, "out/posterior.png", "from 0.000128 to 1.  A1 grows to 0.99415 at t = 462, then",
+     is_a_row_of_posterior),
     (unet, None, "train.py's default network has "
-     f"{unet.parameters(unet.UNet(Config(num_classes=10))):,} parameters")])
-def test_the_demonstrations(module, picture, says, call):
+     f"{unet.parameters(unet.UNet(Config(num_classes=10))):,} parameters", None)])
+def test_the_demonstrations(module, picture, says, is_row, call):
     """V, its two notebooks: each script alone draws its picture and prints its figures."""
     status, text, errors = call(module)
     assert status == 0 and says in text and not errors
+    rows = [line.split() for line in text.splitlines() if line[:5].strip().isdigit()]
+    assert len(rows) == {ddpm: 7, posterior: 9, unet: 0}[module]
+    for row in rows:
+        is_row(map(float, row))
     rows = sorted(ROOT.glob(f"assets/{Path(picture).stem}*.png")) if picture else []
     for k, asset in enumerate(rows):                        # the reading guide shows it row by row
         row, page = decoded(asset)[0].astype(int), decoded(Path(picture))[0]
@@ -591,21 +626,16 @@ def unfit(tmp_path_factory):
     (train, ["--device", "nonsense"], "no device 'nonsense'"),
     (train, ["--device", "meta"], "no device 'meta'"),
     (train, ["--device", "cuda:99"], "no device"),
-    (train, ["--schedule", "cosine", "--beta-1", 0.1], "belong to --schedule linear"),
     (train, ["--schedule", "x"], "invalid choice"), (train, ["--nonsense"], "unrecognized"),
     (train, ["--model-channels", 7], "7 model channels must be an even number"),
     (train, ["--patch-size", 3], "cannot halve images of 28x28: both sides must be multiples of 6"),
     (train, ["--out", "file/out"], "file"), (train, ["--data", "a\nb"], "a b: No such file"),
     (train, ["--resume"], "start without --resume"),
     (sample, ["--sampler", "x"], "invalid choice"), (sample, ["--label", 10], "must be 0 .. 9"),
-    (sample, ["--eta", 0.5], "--eta belongs to"), (sample, ["--keep", "top", "--sampler", "dpm"],
-                                                   "--keep works with --sampler ddpm or ddim"),
-    (sample, ["--sampler", "dpm", "--sigma2", "beta_tilde"], "--sigma2 belongs to"),
+    (sample, ["--eta", 0.5], "--eta belongs to"),
     (sample, ["--keep", "nose"], "--keep must be one of left, "),
-    (sample, ["--keep", "top", "--start", 9], "name one of them"),
     (sample, ["--start", 1001], "--start must be 1 .. 1000"),
     (sample, ["--out", "x.jpg"], "must end in .png"), (sample, ["--out", "file/x.png"], "file"),
-    (sample, ["--resample", 2], "--resample belongs to --keep"),
     (sample, ["--keep", "left", "--data", "small.npz"], "99 images of (8, 8, 1)"),
     (sample, ["--keep", "left", "--data", "few.npz", "-n", 100], "few.npz has 99 images"),
     (sample, ["--keep", "left"], "trained on other images than"),
@@ -756,3 +786,86 @@ def test_each_file_that_is_said_to_stand_alone_does(tmp_path):
                                text=True)
         assert not found.stderr and {"sample": "10\n", "posterior": "False\n"}.get(
             names[-1], "has 35,746,307 parameters\n\n") in found.stdout
+
+
+# ── What each option can be ───────────────────────────────────────────────────────────────────────
+
+RANGES = {
+    Config: dict(
+        steps=(1, 10**9), batch=(1, 10**5), lr=(1e-9, 1.0), muon_lr=(0.0, 1.0), warmup=(1, 10**9),
+        beta2=(0.0, 0.999999), grad_clip=(1e-9, 1e9), ema_decay=(0.0, 1.0), p_uncond=(0.0, 1.0),
+        seed=(0, 2**62), T=(1, 10**6), beta_1=(1e-9, 0.9999), beta_T=(1e-9, 0.9999),
+        model_channels=(4, 4096), channel_mult=(1, 64), num_res_blocks=(1, 16),
+        attention_resolutions=(0, 8192), dropout=(0.0, 0.99), num_groups=(1, 4096),
+        patch_size=(1, 64), image_shape=(1, 8192), num_classes=(0, 10**4)),
+    Sampling: dict(steps=(1, 10**6), eta=(0.0, 1.0), guidance=(0.0, 100.0), start=(0, 10**6),
+                   resample=(1, 1000), n=(1, 10**6), batch=(1, 10**5), seed=(0, 2**62))}
+
+
+@pytest.mark.parametrize("settings_", RANGES)
+def test_each_range_has_its_two_ends(settings_):
+    """Options: both ends are taken; what lies just outside is refused, and so are a fraction for a
+    whole number, a whole number for a fraction, and yes for 1.
+    """
+    rules = {f.name: f for f in fields(settings_) if f.metadata["low"] is not None}
+    assert rules.keys() == RANGES[settings_].keys()
+    for name, ends in RANGES[settings_].items():
+        def settings_with(value):
+            several = isinstance(rules[name].default, tuple)
+            return settings_(**{name: (value,) if several else value}, **dict(
+                eta=dict(sampler="ddim"), resample=dict(keep="top")).get(name, {}))
+        for end, far in zip(ends, (-np.inf, np.inf)):
+            settings_with(end)
+            whole = isinstance(end, int)
+            beyond = end + (1 if far > 0 else -1) if whole else math.nextafter(end, far)
+            for wrong in (beyond, float(end) if whole else round(end), True):
+                with pytest.raises(ValueError, match=re.escape(
+                        f"{flag(name)} must be {ends[0]} .. {ends[1]}, not ")):
+                    settings_with(wrong)
+
+
+def test_what_belongs_together():
+    """Options: of all combinations those are refused that mean nothing, and the cause is told."""
+    for sampler, sigma2, eta, keep, start, resample in itertools.product(
+            ("ddpm", "ddim", "dpm"), ("beta", "beta_tilde"), (0.0, 0.5, 1.0),
+            (None, "top", "a.npy"), (0, 9), (1, 2)):
+        causes = {"--sigma2 belongs": sampler in ("ddim", "dpm") and sigma2 == "beta_tilde",
+                  "--eta belongs": sampler == "ddpm" and eta < 1,
+                  "--resample belongs": keep is None and resample == 2,
+                  "name one of them": keep is not None and start == 9,
+                  "--keep works with": keep is not None and sampler == "dpm"}
+        try:
+            Sampling(sampler, sigma2=sigma2, eta=eta, keep=keep, start=start, resample=resample)
+            told = ""
+        except ValueError as error:
+            told = str(error)
+        wrong = [cause for cause, is_so in causes.items() if is_so]
+        assert any(cause in told for cause in wrong) if wrong else not told
+    for named in ({}, dict(beta_1=0.01), dict(beta_T=0.01), dict(beta_1=0.01, beta_T=0.03)):
+        assert Config(**named).schedule == "linear"
+        with pytest.raises(ValueError, match="belong to --schedule linear") if named else (
+                contextlib.nullcontext()):
+            Config(schedule="cosine", **named)
+
+
+def test_the_figures_in_the_help_are_those_that_do_so(tmp_path):
+    """Options: the number that the help names before what it does is the one that does it."""
+    def number(name, does, settings_=Sampling):
+        told = settings_.__dataclass_fields__[name].metadata["help"]
+        return float(re.search(rf"(\d+):? {does}", told)[1])
+    label, schedule = torch.tensor([3]), ddpm.linear(3)
+    for does, found in (("ignores the label", 7), ("follows it", 3)):
+        assert sample.guided(lambda x_t, t, c: c, label, label, label, number("guidance", does),
+                             7) == found
+    for does, variance in (("none", 0), ("that of beta_tilde", posterior.beta_tilde(2, schedule))):
+        spread = np.ptp([sample.ddim_step(1.0, 2, 0.5, z, schedule, number("eta", does))
+                         for z in (0, 1)])
+        assert spread ** 2 == pytest.approx(variance)
+    assert not Sampling(start=int(number("start", "draw from noise"))).start
+    np.save(tmp_path / "mask.npy", np.full((4, 4), number("keep", "where the image is kept")))
+    assert projection(str(tmp_path / "mask.npy"), 4, 4)(torch.ones(4, 4)).all()
+    alone = int(number("attention_resolutions", "only the middle has it", Config))
+    net = unet.UNet(Config(attention_resolutions=(alone,)))
+    assert sum(isinstance(module, unet.Attention) for module in net.modules()) == 1
+    assert len(optimizers(net, 1.0, 0.9, number("muon_lr", "Adam for all", Config))) == 1
+    assert unet.PAPER.patch_size == number("patch_size", "is the paper", Config)

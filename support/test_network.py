@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import nn
 
+from support import devices
 from support.config import PRESETS, Config
 from support.devices import autocast, graphed
-from support.muon import Muon, optimizers
+from support.muon import Muon, optimizers, orthogonal
 from support.weights import their_names
 from test_math import DEVICES, SMALL, Linear, batch_of, near32, small_unet
-from train import update_ema
-from unet import (PAPER, Architecture, Attention, Block, Downsample, Norm, UNet, Upsample,
-                  parameters, time_embedding)
+from train import lr_scale, update_ema
+from unet import (PAPER, Architecture, Attention, Block, Norm, UNet, parameters,
+                  time_embedding)
 
 
 def test_the_paper_s_network_has_the_paper_s_size():
@@ -206,25 +207,6 @@ def test_channels_last_is_only_an_order_in_memory(device):
     assert not torch.isfinite(net.weight).all()
 
 
-def test_downsampling_pads_right_and_bottom_only():
-    """Ho appendix B: conv3 with stride 2 sees nothing above-left, and a zero beyond the last."""
-    down = Downsample(1)
-    nn.init.zeros_(down.conv.bias), nn.init.zeros_(down.conv.weight)
-    down.conv.weight.data[0, 0, 0, 0] = 1
-    x = torch.arange(16.0).reshape(1, 1, 4, 4)
-    assert torch.equal(down(x, None), x[:, :, ::2, ::2])
-    down.conv.weight.data[0, 0] = torch.tensor([[0, 0, 0], [0, 0, 0], [0, 0, 1.0]])
-    assert down(x, None)[0, 0].tolist() == [[10, 0], [0, 0]]
-
-
-def test_upsampling_repeats_each_pixel():
-    """Ho appendix B: each pixel becomes 2 x 2, then conv3, here one that does nothing."""
-    up = Upsample(1)
-    nn.init.zeros_(up.conv.bias), nn.init.dirac_(up.conv.weight)
-    x = torch.arange(6.0).reshape(1, 1, 2, 3)
-    assert torch.equal(up(x, None), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
-
-
 def test_an_untrained_network_predicts_no_noise_and_every_parameter_counts():
     """Ho appendix B: the output begins at 0; with any other weights, every one is used."""
     torch.manual_seed(0)
@@ -234,9 +216,17 @@ def test_an_untrained_network_predicts_no_noise_and_every_parameter_counts():
         assert torch.equal(block(h, temb), block.shortcut(h))
     x, t, label = torch.randn(4, 1, 8, 8), torch.tensor([1, 5, 9, 1000]), torch.tensor([0, 1, 2, 3])
     assert torch.count_nonzero(net(x, t, label)) == 0
-    channels = net.middle[0].attention.proj.in_features
-    for weight in net.middle[0].attention.qkv.weight.chunk(3):    # uniform of variance 1/fan_avg
-        assert 0.9 < weight.abs().max() / math.sqrt(3 / channels) <= 1
+    drawn = {"label_table": (net.label_table, 1)}              # name: weights and their variance
+    for name, m in net.named_modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)) and m.weight.any():
+            for k, part in enumerate(m.weight.chunk(3 if name.endswith("qkv") else 1)):
+                fan_avg = (part.shape[0] + part.shape[1]) * part[0, 0].numel() / 2
+                drawn[f"{name} {k}"] = part, 1 / fan_avg
+            assert not m.bias.any()
+    assert len(drawn) > 15
+    for name, (weight, variance) in drawn.items():           # uniform, as far as √(3 variance)
+        ends = torch.stack([-weight.min(), weight.max()]) / math.sqrt(3 * variance)
+        assert 0.85 < ends.min() and ends.max() <= 1, name
     net = small_unet()
     net(x, t, label).square().sum().backward()
     for name, p in net.named_parameters():
@@ -252,16 +242,6 @@ def test_a_label_is_added_to_the_time_embedding_and_none_is_the_last():
         net.time_mlp[2].bias += net.label_table[1]
         net.label_table.zero_()
         near32(net(x, t), outputs[1].numpy(), condition=10)
-
-
-def test_the_network_sees_t_and_the_label():
-    """N6: ε_θ(x_t, t) depends on t; a label changes it, the one after the last stands for none."""
-    net, x = small_unet(), torch.randn(1, 1, 8, 8).repeat(4, 1, 1, 1)
-    with torch.no_grad():
-        by_t = net(x, torch.tensor([1, 2, 500, 1000]), torch.zeros(4, dtype=torch.long))
-        by_label = net(x, torch.full((4,), 7), torch.tensor([0, 1, 2, 3]))
-    for outputs in (by_t, by_label):
-        assert min((outputs[i] - outputs[j]).abs().max() for i in range(4) for j in range(i)) > 1e-4
 
 
 @pytest.mark.parametrize("shape, patch", [((1, 8, 8), 1), ((3, 12, 20), 1), ((1, 28, 28), 2),
@@ -289,41 +269,24 @@ def test_any_size_that_can_be_halved(shape, patch):
         small_unet(model_channels=102, num_groups=4)
 
 
-def test_muon_steps_are_orthogonal_and_adam_has_the_rest():
-    """Muon: each hidden matrix moves by lr √max(1, rows/columns) times an orthogonal matrix along
-    its gradient's; every parameter has one optimizer; the paper's has Adam alone.
-
-    Five rounds of Newton-Schulz leave singular values of 0.6 to 1.3 where the gradient has those of
-    at least a hundredth of the largest.
+def test_muon_has_the_hidden_matrices_and_adam_the_rest():
+    """Muon: it has what lies between the first layer and the last, but for vectors; every parameter
+    has one optimizer; the paper's have Adam.
     """
     net = small_unet()
-    adam, muon = found = optimizers(net, lr=0.0625, beta2=0.99, muon_lr=0.125)
-    before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    sum((p ** 2).sum() for p in net.parameters()).backward()
-    for optimizer in found:
-        optimizer.step()
-    matrices = 0
+    adam, muon = optimizers(net, lr=0.0625, beta2=0.99, muon_lr=0.125)
+    theirs = [{id(p) for p in each.param_groups[0]["params"]} for each in (adam, muon)]
     for name, p in net.named_parameters():
-        step = before[name] - p.detach()
-        if name.startswith(("down", "middle", "up")) and p.ndim > 1:
-            matrices += 1
-            rows, columns = step.flatten(1).shape
-            step = step.flatten(1) / (0.125 * math.sqrt(max(1, rows / columns)))
-            values = torch.linalg.svdvals(before[name].flatten(1))
-            large = torch.linalg.svdvals(step)[values > 0.01 * values[0] * len(values)]
-            assert 0.55 < large.min() and large.max() < 1.35
-            assert (step * before[name].flatten(1)).sum() > 0.5 * values.sum()
-        else:                                                   # Adam's first step is lr sign(g)
-            near32(step, 0.0625 * before[name].sign().numpy(), condition=1000)
-    assert matrices == len(muon.param_groups[0]["params"]) > 10
-    assert len(adam.param_groups[0]["params"]) + matrices == len(list(net.parameters()))
-    assert adam.param_groups[0]["betas"] == (0.9, 0.99)
-    assert [type(o).__name__ for o in optimizers(net, 0.1, 0.99, 0.0)] == ["Adam"]
+        hidden = name.startswith(("down", "middle", "up")) and p.ndim > 1
+        assert [id(p) in each for each in theirs] == [not hidden, hidden]
+    assert (adam.defaults["lr"], muon.defaults["lr"]) == (0.0625, 0.125) and len(theirs[1]) > 10
+    assert type(adam) is torch.optim.Adam and adam.defaults["betas"] == (0.9, 0.99)
+    assert [type(o) for o in optimizers(net, 0.1, 0.99, 0.0)] == [torch.optim.Adam]
 
 
 def test_muon_is_pytorch_s_in_float32():
     """Muon: three steps on a wide, a tall and a square matrix are torch.optim.Muon's, which rounds
-    to bfloat16, and to a convolution they are those to its matrix.
+    to bfloat16, and to a convolution they are those to its matrix; its polynomial, to the digit.
     """
     torch.manual_seed(0)
     shapes = [(8, 24), (24, 8), (16, 16), (8, 4, 3, 3)]
@@ -336,6 +299,11 @@ def test_muon_is_pytorch_s_in_float32():
             p.grad = torch.randn(p.shape)
             q.grad = p.grad.flatten(1).clone()
         mine.step(), other.step()
+    values = np.array([5.0, 2.0, 0.3, 0.01])
+    (found,), s = orthogonal([torch.diag(torch.tensor(values))]), values / np.linalg.norm(values)
+    for _ in range(5):                                        # each singular value by itself
+        s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
+    np.testing.assert_allclose(found.diag(), s, rtol=1e-4)
     for p, q in zip(ours, theirs):
         difference = (p.detach().flatten(1) - q.detach()).norm() / 0.3 / min(q.shape) ** 0.5
         assert 0 < difference < 0.03                       # of the path; bfloat16 has 2⁻⁸ = 0.004
@@ -348,3 +316,17 @@ def test_the_average_is_of_the_parameters_alone():
     nn.init.ones_(net.w)
     update_ema(ema, net, step=500, decay=0.75)
     assert ema.w.tolist() == [0.25] * 4 and ema.table == 0
+
+
+def test_the_rate_is_the_product_of_its_rise_and_its_fall():
+    """Training: at step 4 of 10 with 6 of warmup it is 4/6 of 7/10; without decay it is 4/6."""
+    for decay, expected in ((True, 4 / 6 * 0.7), (False, 4 / 6)):
+        assert lr_scale(4, Config(steps=10, warmup=6, decay=decay)) == pytest.approx(expected)
+
+
+def test_the_short_format_is_bfloat16(monkeypatch):
+    """Precision: products are in what `precision` says, and that is not float16."""
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        monkeypatch.setattr(devices, "precision", lambda device, float32: name)
+        with autocast(torch.device("cpu"), False):
+            assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
