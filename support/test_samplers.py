@@ -316,7 +316,7 @@ def test_resampling_goes_back_by_the_forward_step():
     """RePaint, Ho (2): between rounds x_t is a draw from q(x_t|x_{t−1}), with this step's β_t, and
     the step is taken from there; from x_0 there is no way back.
     """
-    schedule, taken, noises = tables([0.36, 0.36]), [], iter(torch.arange(1.0, 9.0))
+    schedule, taken, noises = tables([0.19, 0.36]), [], iter(torch.arange(1.0, 9.0))
 
     def walk(x_t, t):
         taken.append((t, round(float(x_t), 5)))
@@ -532,18 +532,21 @@ def test_what_is_evaluated_of_many_or_large_images(shape, count, unseen, known, 
 
 def test_the_perfect_network_and_ours_are_drawn_from_one_noise(monkeypatch, tmp_path, capsys):
     """Copies: a network that is itself the perfect one draws the very images of that one, of twenty
-    that the noise chooses from.  Beside each t stand its own rate and distortion.
+    that the noise chooses from.  The bound takes no more images at a time than the training did,
+    and beside each t it prints that one's rate and distortion.
     """
     monkeypatch.chdir(tmp_path)
     (images, perfect), net, nearest = finite_set(20), Half(), Mock(wraps=evaluate.nearest)
-    config = replace(POINT, image_shape=(1, 2, 2), T=60, beta_1=0.01, beta_T=0.3)
+    config = replace(POINT, image_shape=(1, 2, 2), batch=8, T=60, beta_1=0.01, beta_T=0.3)
     net.forward = lambda x_t, t, label=None: perfect(x_t, t, schedule_from(config))
     monkeypatch.setattr(evaluate, "nearest", nearest)
     evaluate.draw_perfectly(net, config, images, None, images[:10])
     _, best, ours = (each.args[0] for each in nearest.call_args_list)
     assert np.array_equal(best, ours) and len(np.unique(best, axis=0)) > 5
     monkeypatch.setattr(evaluate, "rate_distortion", lambda *_: (np.arange(61), -np.arange(61)))
-    evaluate.print_bound(Half(), config, images, None)
+    net = Half()
+    evaluate.print_bound(net, config, images, None)
+    assert max(len(x_t) for x_t, *_ in net.calls) == 8
     rows = capsys.readouterr().out.split("distortion\n")[-1].split("\n")[:-1]
     rows = [[float(word) for word in row.split()] for row in rows]
     assert rows == [[t, t, -t] for t in sample.times(60, 10)[:0:-1]]
