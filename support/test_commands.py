@@ -34,7 +34,7 @@ import unet
 from support import console, devices
 from support import data as files
 from support.config import PRESETS, Config, Sampling, flag
-from support.drawing import projection
+from support.drawing import labels_for, projection
 from support.muon import optimizers
 from support.test_data import decoded
 from support.test_weights import network, saved
@@ -844,6 +844,10 @@ def test_what_belongs_together():
         with pytest.raises(ValueError, match="belong to --schedule linear") if named else (
                 contextlib.nullcontext()):
             Config(schedule="cosine", **named)
+    assert labels_for(Sampling(), 0) is labels_for(Sampling(label="none"), 0) is None
+    for named in (dict(label="3"), dict(guidance=2.0)):
+        with pytest.raises(ValueError, match="knows no labels"):
+            labels_for(Sampling(**named), 0)
 
 
 def test_the_figures_in_the_help_are_those_that_do_so(tmp_path):
