@@ -2,6 +2,7 @@
 import math
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ import torch
 import ddpm
 import figures
 import sample
-from support.config import Config, schedule_from
-from test_math import small_unet
+from support.config import Config, Sampling, schedule_from
+from test_math import generate, small_unet
 
 CONFIG = Config(image_shape=(1, 8, 8), model_channels=8, num_classes=3, attention_resolutions=(4,),
                 patch_size=1, T=8, beta_1=1e-4, beta_T=0.3, float32=True)
@@ -60,9 +61,9 @@ def test_figure_6_ends_in_the_images(drawn):
     net = small_unet()
     figures.figure_6(net, CONFIG)
     assert drawn["6"].shape == (10, 9, 1, 8, 8)
-    walk, x0_theta = figures.walk_of(net, CONFIG, figures.noise_of(net, CONFIG, range(10)), 10,
-                                     np.arange(10) % 3)
-    for k, x_t in enumerate(walk()):
+    label = np.arange(10) % 3
+    _, x0_theta = figures.walk_of(net, CONFIG, None, 10, label)
+    for k, x_t in enumerate(generate(net, CONFIG, Sampling(), range(10), label)):
         shown = x0_theta(x_t, 8 - k) if k < 8 else x_t
         assert torch.equal(drawn["6"][:, k], shown)
 
@@ -102,13 +103,16 @@ def test_the_ends_of_figure_9_are_the_two_images(drawn):
 
 def test_the_figures_that_are_named_are_drawn(call, monkeypatch, tmp_path):
     """python figures.py: all of them, or the named one alone, or one line for what is none."""
-    seen = []
     monkeypatch.setattr(figures, "figure_2", partial(figures.figure_2, points=50, steps=6))
-    for name in ("figure_6", "figure_7", "figure_9"):
-        monkeypatch.setattr(figures, name, lambda net, *_: seen.append(net.training))
-    assert call(figures, "--device", "cpu")[0] == 0 and seen == [False] * 3
     status, text, errors = call(figures, 2)
     assert status == 0 and sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "figure-2-paths.png", "figure-2.png"] and not errors
+    drawn = [Mock(), Mock(), Mock()]
+    for mock, name in zip(drawn, (6, 7, 9)):
+        monkeypatch.setattr(figures, f"figure_{name}", mock)
+        assert call(figures, name)[0] == 0
+    assert call(figures, "--device", "cpu")[0] == 0                                # all of them
+    assert [mock.call_count for mock in drawn] == [2, 2, 2]
+    assert drawn[2].call_args.args[2].shape == (2, 1, 28, 28)
     assert call(figures, 3)[::2] == (
         2, "figures.py: there is no figure 3 here: choose from 2, 6, 7, 9\n")
