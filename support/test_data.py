@@ -171,10 +171,13 @@ def test_what_could_be_meant_otherwise_is_refused(name, found, says, tmp_path, m
         files.load(tmp_path)
 
 
+@pytest.mark.filterwarnings("error")
 def test_an_npy_may_be_larger_than_memory(tmp_path):
-    """.npy: of a file of a terabyte (with holes) only what is used is read, and nothing written."""
+    """.npy: of a file of a terabyte (with holes) only what is used is read, and nothing written; a
+    header of Python 2, with its 1L, is worth no warning.
+    """
     header = (b"\x93NUMPY\x01\x00\x76\x00"
-              + b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000, 1000, 1000), }"
+              + b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000L, 1000, 1000), }"
               .ljust(0x75) + b"\n")
     with open(tmp_path / "large.npy", "wb") as file:
         file.write(header)

@@ -276,12 +276,11 @@ def test_a_run_is_saved_five_times_or_every_5000_steps(steps, saved, monkeypatch
     def algorithm_1(run, *_):
         for run.step in range(1, steps + 1):
             yield torch.zeros(())
-    found = []
-    run = Mock(config=Config(steps=steps), step=0, save=lambda *_: found.append(run.step))
+    found, run = [], Mock(config=Config(steps=steps), step=0, device=CPU, schedule=ddpm.linear(3))
+    run.save = lambda *_: found.append(run.step)
     monkeypatch.setattr(train, "algorithm_1", algorithm_1)
     monkeypatch.setattr(train, "reporter", lambda *_: lambda *_: 0)
     monkeypatch.setattr(train.evaluate, "held_out_loss", lambda *_: None)
-    run.device = CPU
     train.train(run, np.zeros((20, 28, 28, 1), np.uint8), None, Path())
     assert found == saved
 
