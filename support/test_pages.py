@@ -102,7 +102,7 @@ def test_the_quick_start_and_then_the_path_can_be_followed(call, tmp_path):
     where it takes long, and no later one finds an earlier one's files in its way.
     """
     start = [part for block in fenced(README[README.index("## Run it"):], "sh")
-             for part in block.split(" && ")][:6]
+             for part in block.split(" && ")][:7]
     assert "pip install -r requirements.txt" in start and start[-1] == "pytest"
     commands = start + re.findall(r"^(python .*)|`(python .*?)`", PATH.replace("\\\n", ""), re.M)
     commands = ["".join(command) for command in commands]
