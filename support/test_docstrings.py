@@ -39,24 +39,28 @@ def symbols_at(schedule, t, **named):
             "A2": posterior.A2(t, schedule), **named}
 
 
-FORMULAS = (ddpm.q_step, ddpm.q_marginal, ddpm.q_sample, ddpm.variance_at, ddpm.snr, ddpm.x0_from_eps,
+FORMULAS = (ddpm.q_step, ddpm.q_marginal, ddpm.q_sample, ddpm.variance_at, ddpm.snr,
+            ddpm.x0_from_eps,
             ddpm.eps_from_x0, posterior.beta_tilde, posterior.A1, posterior.A2, posterior.posterior,
             posterior.reverse_mean, posterior.matching_mean, posterior.matching_x0, posterior.C,
             posterior.matching_eps, posterior.score, posterior.tweedie_mean)
-SYMBOLS = dict(x_prev="x_{t−1}", x0="x_0", x0_hat="x̂_0", x_t="x_t", eps="ε", eps_hat="ε_θ", mu="μ_θ",
+SYMBOLS = dict(x_prev="x_{t−1}", x0="x_0", x0_hat="x̂_0", x_t="x_t", eps="ε", eps_hat="ε_θ",
+               mu="μ_θ",
                mu_tilde="μ̃", sigma2="σ_t²", variance_0="Var x_0", score_t="∇ log q(x_t)")
 
 
 @proved(first=2)
 def test_a_docstring_s_formula_is_what_is_computed(
-        schedule, t, x_prev, x0, x0_hat, x_t, eps, eps_hat, mu, mu_tilde, sigma2, variance_0, score_t):
+        schedule, t, x_prev, x0, x0_hat, x_t, eps, eps_hat, mu, mu_tilde, sigma2, variance_0,
+        score_t):
     """Docstrings: the formula in the first line, read as it stands, gives what the function gives.
     """
     given = {**locals()}
     symbols = symbols_at(schedule, t, **{SYMBOLS[name]: given[name] for name in SYMBOLS})
     symbols |= {"C_t": posterior.C(t, given["sigma2"], schedule), "E[ε | x_t]": given["eps"]}
     for function in FORMULAS:
-        arguments = given | (dict(eps=given["eps_hat"]) if function is posterior.reverse_mean else {})
+        arguments = given | (
+            dict(eps=given["eps_hat"]) if function is posterior.reverse_mean else {})
         found = function(*(arguments[name] for name in inspect.signature(function).parameters))
         formula = re.split(r"\s{3,}|: | = |, for", inspect.getdoc(function).split("\n")[0])[1]
         normal = re.match(r"N\((.*), (.*) I\)", formula)
@@ -72,7 +76,8 @@ def test_the_formulas_beside_the_paper_are_what_is_computed():
     schedule, t, one, draws = ddpm.schedule_of([0.1, 0.3, 0.2, 0.5]), 3, torch.ones(1), np.arange(8)
     x_t, x0, x0_prev, z, eta, v = 0.3, -0.4, 0.7, 1.1, 0.6, posterior.beta_tilde(3, schedule)
     symbols = symbols_at(schedule, t, **{
-        "ε_θ": ddpm.eps_from_x0(x_t, t, x0, schedule), "x̂_0": x0, "x̂_prev": x0_prev, "z": z, "η": eta,
+        "ε_θ": ddpm.eps_from_x0(x_t, t, x0, schedule), "x̂_0": x0, "x̂_prev": x0_prev, "z": z,
+        "η": eta,
         "½": 0.5, "v_1": 0.2, "v_2": 0.5, "m_1": 0.3, "m_2": -0.1, "x_t": x_t})
     for key, k in ("t", 3), ("{t−1}", 2), ("{t+1}", 4):
         symbols[f"SNR_{key}"] = ddpm.snr(k, schedule)
@@ -98,14 +103,16 @@ def test_the_formulas_beside_the_paper_are_what_is_computed():
             (sample.ddim_step(x_t, t, x0, z, schedule, eta), said(sample.ddim_step, r"= (.*?)   ")),
             (sample.dpm_step(x_t, t, x0, x0_prev, z, schedule, eta),
              sample.ddim_step(x_t, t, D, z, schedule, eta)),
-            (sample.guided(lambda x, t, c: torch.where(c > 0, label, null), one, one, one.long(), 1.5, 0),
+            (sample.guided(lambda x, t, c: torch.where(c > 0, label, null), one, one, one.long(),
+                           1.5, 0),
              said(sample.guided, r"ε = (.*?)   ", ε_null=null, ε_label=label, s=1.5)),
             (1.5 * label - 0.5 * null,                               # their (6), with w = 0.5
              null + said(sample.guided, r"s = (1 \+ w)", w=0.5) * (label - null)),
             (x_0, said(sample.completed, r"(.*?),  known", **{"x_{t−1}": 7, "P": 0.25,
                                                               "known_{t−1}": 3})),
             (posterior.kl(0.3, 0.2, -0.1, 0.5), said(posterior.kl, r"= (½.*?\])")),
-            (posterior.best_x0(np.array([[x_t]]), t, images, schedule), (w * images).sum() / w.sum()),
+            (posterior.best_x0(np.array([[x_t]]), t, images, schedule),
+             (w * images).sum() / w.sum()),
             (ddpm.cosine(9).beta[1:], [said(ddpm.cosine, r"β_t = (.*\)),", **{
                 "f(t−1)": f[k - 1], "f(t)": f[k]}) for k in range(1, 10)]),
             (sample.times(1000, 20), np.rint(said(sample.times, r"τ_i = (.*?²\))", i=np.arange(21),

@@ -28,7 +28,8 @@ from unet import PAPER, UNet, parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.md"))}
-README, READING, DATA, MEASURED = (PAGES[name] for name in ("README", "READING", "DATA", "MEASURED"))
+README, READING, DATA, MEASURED = (
+    PAGES[name] for name in ("README", "READING", "DATA", "MEASURED"))
 ALL = re.sub(r" \\\n\s+", " ", "\n".join(PAGES.values()))        # a long command is one line
 PATH = re.search(r"## A path of 45 minutes\n(.*?)\n## ", READING, re.S)[1]
 
@@ -88,7 +89,7 @@ def test_every_command_is_understood():
 
 
 def test_what_the_pages_show_is_what_comes_out(trained):
-    """README: the last lines of `python train.py`, but for the figures; FAQ: the lines for Python."""
+    """README: the last lines of `python train.py`, but for figures; FAQ: the lines for Python."""
     out, text, _ = trained
     shown, printed = (re.sub(r"\d+(\.\d+)?", "0", page).splitlines()
                       for page in (fenced(README, "text")[0], text.replace(str(out), "out")))
@@ -120,7 +121,8 @@ def test_the_quick_start_and_then_the_path_can_be_followed(call, tmp_path):
 
 
 RNG, LABELS = np.random.default_rng(0), np.arange(12) % 10
-GREY, BYTES = (RNG.integers(0, 256, (12, *size)).astype(np.uint8) for size in ((28, 28), (3, 32, 32)))
+GREY, BYTES = (RNG.integers(0, 256, (12, *size)).astype(np.uint8)
+               for size in ((28, 28), (3, 32, 32)))
 COLOUR, CLEAR = np.stack([GREY, GREY // 2, 255 - GREY], axis=3), LABELS[:, None, None, None] % 3 > 0
 FRAME = np.outer(np.arange(28) % 27 > 0, np.arange(28) % 27 > 0)
 # What lies in the file of each row, or what another package makes of it; and the images.
@@ -164,7 +166,8 @@ def test_two_lines_make_it_right(tmp_path, monkeypatch):
     rows = rows_of(DATA, "What you have, and the two lines that make it right")
     for (words, cell), (kind, (x, images)) in zip(rows, KINDS.items(), strict=True):
         lines, names = re.findall("`(.*?)`", cell), dict(np=np, x=x, PATH=emnist)
-        assert words.startswith(kind) and len(lines) == 2 and compile("; ".join(lines), kind, "exec")
+        assert words.startswith(kind) and len(lines) == 2
+        assert compile("; ".join(lines), kind, "exec")
         if isinstance(x, np.ndarray):
             np.save("x.npy", x)
         if kind != "Parquet":
@@ -176,7 +179,8 @@ def test_two_lines_make_it_right(tmp_path, monkeypatch):
     folder, cifar, *_ = fenced(DATA, "python")
     exec(cifar, {})
     images, labels = load("cifar10.npz")
-    assert np.array_equal(images[12:24], BYTES.transpose(0, 2, 3, 1)) and [*labels[:12]] == [*LABELS]
+    assert np.array_equal(images[12:24], BYTES.transpose(0, 2, 3, 1))
+    assert [*labels[:12]] == [*LABELS]
     assert compile(folder, "folder", "exec") and 80 >= max(
         len(line) for page in PAGES.values() for block in fenced(page, "sh") + [folder, cifar]
         for line in block.splitlines())
@@ -186,7 +190,8 @@ def test_two_lines_make_it_right(tmp_path, monkeypatch):
 
 def figures():
     """{the words around figures, a group for each: what these must be wherever the words stand}"""
-    ours, paper, linear, t = PRESETS["digits"], PRESETS["cifar10"], ddpm.linear(), np.arange(1, 1001)
+    ours, paper = PRESETS["digits"], PRESETS["cifar10"]
+    linear, t = ddpm.linear(), np.arange(1, 1001)
     a1, root, sigma = posterior.A1(t, linear), linear.alpha_bar ** 0.5, linear.beta ** 0.5
     C_2, C_350 = (np.array([posterior.C(k, posterior.reverse_variance(choice, linear)[k], linear)
                             for choice in ("beta", "beta_tilde")]) for k in (2, 350))
@@ -233,8 +238,8 @@ def figures():
 
 
 def test_the_figures_of_the_pages_are_the_code_s():
-    """Pages: every figure that a formula or a default gives, rounded as it is printed; the charts of
-    A1 and A2.
+    """Pages: every figure that a formula or a default gives, rounded as it is printed; the charts
+    of A1 and A2.
     """
     for words, values in figures().items():
         places = [[group for group in place.groups() if group] for place in re.finditer(words, ALL)]
@@ -246,7 +251,8 @@ def test_the_figures_of_the_pages_are_the_code_s():
     assert value_of(re.search(r"\$w = (s - 1)\$", ALL)[1], dict(s=1.5)) == 0.5         # of guidance
     ours, paper = PRESETS["digits"], PRESETS["cifar10"]                     # in words in the README
     least, _ = evaluate.least_loss(*load(), replace(ours, num_classes=10))        # an estimate
-    assert float(re.search(r"digits about (0\.\d+) is the least", ALL)[1]) == pytest.approx(least, 0.1)
+    said = float(re.search(r"digits about (0\.\d+) is the least", ALL)[1])
+    assert said == pytest.approx(least, 0.1)
     assert (ours.model_channels, ours.channel_mult, ours.num_res_blocks, ours.num_groups,
             ours.attention_resolutions, ours.patch_size) == (16, (1, 2), 1, 1, (0,), 2)
     assert (paper.model_channels, len(paper.channel_mult), paper.num_res_blocks, paper.num_groups,
@@ -303,8 +309,9 @@ def tags(text):
 LINES = {train.algorithm_1: ("repeat", "x_0 ~ q(x_0)", "t ~ Uniform({1, …, T})", "ε ~ N(0, I)",
                              "take a gradient descent step on", "∇_θ ‖ε − ε_θ(", "‖²",
                              "until converged"),
-         sample.algorithm_2: ("x_T ~ N(0, I)", "for t = T, …, 1 do", "z ~ N(0, I) if t > 1, else z = 0",
-                              "x_{t−1} =", "+ σ_t z", "end for", "return x_0")}
+         sample.algorithm_2: ("x_T ~ N(0, I)", "for t = T, …, 1 do",
+                              "z ~ N(0, I) if t > 1, else z = 0", "x_{t−1} =", "+ σ_t z",
+                              "end for", "return x_0")}
 
 
 @pytest.mark.parametrize("algorithm", LINES)
@@ -316,8 +323,10 @@ def test_the_algorithms_in_the_readme_are_the_source_and_the_paper_s(algorithm):
     docstring = node.body[0].body[0]
     del lines[docstring.lineno - 1:docstring.end_lineno]
     assert "\n".join(lines) in fenced(README, "python")
-    comments = " ".join(re.sub(r"^\d: ", "", part) for part in re.findall("# +(.*)", "\n".join(lines)))
-    assert re.search(".*".join(re.escape(plain(line)) for line in LINES[algorithm]), plain(comments))
+    comments = " ".join(re.sub(r"^\d: ", "", part)
+                        for part in re.findall("# +(.*)", "\n".join(lines)))
+    wanted = ".*".join(re.escape(plain(line)) for line in LINES[algorithm])
+    assert re.search(wanted, plain(comments))
     if algorithm is sample.algorithm_2:
         schedule = ddpm.schedule_of([0.1, 0.3])
         said = re.search(r"x_\{t−1\} = (.*σ_t z)", comments)[1].replace("/ ", "/")
@@ -354,7 +363,7 @@ def test_the_formulas_of_the_reading_guide_are_those_of_the_docstrings():
         of_page[name] |= tags((re.match(r"\*\*(.*?)\*\*", equation) or ["", ""])[1])
         of_docstring[name] = tags(docstring.split("\n")[0])
         latex = plain(", ".join(re.findall(r"\$(.*?)\$", equation)))
-        assert latex in plain(docstring) or name in (             # these docstrings have it in words
+        assert latex in plain(docstring) or name in (            # these docstrings have it in words
             "scaled_step", "linear", "reverse_step", "reverse_variance", "trajectory_bound",
             "trajectory_terms"), (name, latex)
     assert of_page == of_docstring and len(of_page) > 35

@@ -366,7 +366,7 @@ def test_every_image_has_its_own_noise():
 
 
 def test_the_estimated_bound_is_exact_for_a_network_off_by_a_constant():
-    """Ho (5, 12, 13), V7: no noise is left in the estimate where every image has the same error; L_0
+    """Ho (5, 12, 13), V7: no noise is left in the estimate where all images have one error; L_0
     is from all images, and the ε of the others is N(0, 1).
 
     Five standard errors of 4,000 numbers: a false alarm once in 10⁶; a variance off by a tenth is
