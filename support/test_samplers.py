@@ -123,6 +123,20 @@ def test_the_samplers_are_those_of_diffusers(times, sampling, x_0):
     near(found.flatten().numpy(), x_0, scale=1 if sampling.clip else 300)
 
 
+def test_no_step_takes_an_image_off_its_device():
+    """Devices: NumPy's tables meet images without a number leaving the device: meta tensors, which
+    have none, go through every sampler, and a step of the forward process.
+    """
+    schedule, x_t = evenly(3, 0.05, 0.3), torch.ones(2, 1, 4, 4, device="meta")
+    for sampling in (Sampling(), Sampling(clip=False), Sampling("ddim"), Sampling("dpm", eta=0.5),
+                     Sampling(keep="left"), Sampling(start=3)):
+        walk = sample.trajectory(lambda x_t, t: x_t / 2, schedule, sampling, lambda: x_t, x_t)
+        if sampling.keep:
+            walk = sample.completed(lambda x_t, t: iter([x_t, x_t]), x_t, lambda x: x, schedule,
+                                    lambda: x_t, resample=2)
+        assert [(x.device.type, x.dtype) for x in walk] == [("meta", torch.float32)] * 4
+
+
 def test_orders_of_the_solvers():
     """DDIM is of order 1, DPM-Solver++(2M) of order 2:
     half the step, half (a quarter of) the error, from 80 steps on.
