@@ -393,6 +393,7 @@ def test_sampling_draws_what_was_learned(trained, call):
     status, text, errors = call(
         sample, "--weights", trained[0] / "checkpoint.safetensors", "--guidance", 3, "-n", 40,
         "--batch", 25, "--out", "new/folder/s.npz")
+    assert text.endswith(f"drawn: {Path('new/folder/s.npz')}, with --seed 0\n")
     assert status == 0 and "ddpm, 20 steps" in text and "images/s" in text and not errors
     assert "step 0 of 20 · images 1 to 25 of 40\n" in text
     assert "step 20 of 20 · images 26 to 40 of 40 · " in text

@@ -552,11 +552,12 @@ def test_the_perfect_network_and_ours_are_drawn_from_one_noise(monkeypatch, tmp_
     monkeypatch.chdir(tmp_path)
     (images, perfect), net, nearest = finite_set(20), Half(), Mock(wraps=evaluate.nearest)
     config = replace(POINT, image_shape=(1, 2, 2), batch=8, T=60, beta_1=0.01, beta_T=0.3)
-    net.forward = lambda x_t, t, label=None: perfect(x_t, t, schedule_from(config))
+    net.forward = Mock(wraps=lambda x_t, t, label=None: perfect(x_t, t, schedule_from(config)))
     monkeypatch.setattr(evaluate, "nearest", nearest)
     evaluate.draw_perfectly(net, config, images, None, images[:10])
     _, best, ours = (each.args[0] for each in nearest.call_args_list)
     assert np.array_equal(best, ours) and len(np.unique(best, axis=0)) > 5
+    assert net.forward.call_count == 50                                  # as the README says
     errors = np.repeat(np.arange(61)[:, None] / 100, 32, axis=1)
     of = evaluate.squared_errors
     monkeypatch.setattr(evaluate, "squared_errors", lambda *args: (errors, of(*args)[1]))
