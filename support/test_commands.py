@@ -554,7 +554,9 @@ def test_the_bound_is_that_of_the_held_out_images(random_network, coloured, call
     which = read_off(steps[5].x_t, steps[5].t, ddpm.linear(6, 1e-6, 0.3))[0]
     assert which.tolist() == rows.tolist() and steps[5].label.tolist() == (rows % 4).tolist()
     x0 = files.to_pixels(files.load(coloured)[0][rows].astype(float))
-    for line in [line for line in text.splitlines() if line.startswith("beta")]:
+    terms = [line for line in text.splitlines() if line.startswith("beta")]
+    assert [line.split()[0] for line in terms] == ["beta", "beta_tilde"]
+    for line in terms:
         values = [float(word) for word in line.replace("±", " ").split()[1:]]
         assert values[6] == pytest.approx(values[0] + values[2] + values[4], abs=2e-3)
         assert values[7] == pytest.approx((values[3] ** 2 + values[5] ** 2) ** 0.5, rel=1e-2)
