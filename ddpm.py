@@ -1,12 +1,12 @@
 """The forward process: how an image becomes noise.                              N1–N3, N5–N7, V1–V5
 
-The reference, in NumPy and float64.  Ho is Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic
-Models" (arXiv:2006.11239), N is Nair's article, V is Vizuara's (READING.md has them in full).  Each
-equation is one function, in Ho's symbols, with one value to check by hand or by `pytest`;
-`grep -nE "Ho.*[( ]4[,)]" *.py` finds (4) and its proofs.
+The reference, in NumPy and float64; training and sampling call these same functions.  Ho is Ho,
+Jain, Abbeel, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239), N is Nair's article, V
+is Vizuara's (ARTICLES.md has them in full).  Each equation is one function, in Ho's symbols, with
+one value to check by hand or by `pytest`; `grep -nE "Ho.*[( ]4[,)]" *.py` finds (4) and its proofs.
 
 Time runs t = 1..T and index 0 is the clean image.  Pixels live in [-1, 1].  Images may have any
-shape; t is an integer, or an array that broadcasts against them where a formula has no loop.
+shape; t is one integer for all of them, or one for each, shaped (B, 1, 1, 1) beside (B, C, H, W).
 
 `python ddpm.py` diffuses the letter T in two ways and draws both.
 """
@@ -121,7 +121,7 @@ def scaled_step(x_prev, scale, deviation, eps):
 def q_step(x_prev, t, schedule):
     """q(x_t | x_{t−1}) = N(√(1−β_t) x_{t−1}, β_t I)                              Ho (2), N1, V4, V5
 
-    t: 1..T.  Returns (mean, variance).
+    t: 1..T.  Returns (mean, variance).  1 − β_t is α_t.
     >>> q_step(2.0, 1, schedule_of([0.36]))
     (1.6, 0.36)
     """

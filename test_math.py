@@ -1,7 +1,7 @@
 """The second half of the reference: every "it can be shown" of the paper, shown.
 
 In the paper's order, each test titled by its claim, and shown with the shipped functions themselves
-by another road than theirs.  It begins with three that can be done by hand.
+in another way than they compute it.  It begins with three that can be done by hand.
 
 `@proved` tries a claim on a dozen small schedules, whose numbers can be checked on paper, and then
 proves it: √ᾱ_t, √(1−ᾱ_t), x_t, x_0, ε, … are letters, of which a formula makes a quotient of two

@@ -73,8 +73,8 @@ def stratified(t: torch.Tensor, T: int) -> torch.Tensor:
 def lr_scale(step: int, config: Config) -> float:
     """min(1, step/warmup) · (1 − (step − 1)/steps), the second factor only with `decay`.
 
-    >>> [lr_scale(step, Config(steps=4, warmup=2)) for step in (1, 2, 3, 4)]
-    [0.5, 0.75, 0.5, 0.25]
+    >>> [lr_scale(step, Config(steps=4, warmup=3)) for step in (1, 2, 3, 4)]
+    [0.333333, 0.5, 0.5, 0.25]
     """
     rise, fall = min(1.0, step / config.warmup), 1 - (step - 1) / config.steps
     return rise * fall if config.decay else rise

@@ -16,25 +16,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def size(default, meaning: str = "", low=None, high=None):
-    """A field of Architecture, with what it means and the range of its values."""
-    return field(default=default, metadata=dict(help=meaning, low=low, high=high, choices=None))
+def setting(default, help="", low=None, high=None, choices=None):
+    """A field of a settings class.  low .. high: the range of a number, or of each of several."""
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 
 @dataclass(frozen=True)
 class Architecture:
     """The sizes of a U-Net; by default, of the small one that train.py trains on digits."""
 
-    model_channels: int = size(16, "channels of the network's first level", 4, 4096)
-    channel_mult: tuple[int, ...] = size((1, 2), "channels of each level, times these", 1, 64)
-    num_res_blocks: int = size(1, "residual blocks per level, one more on the way up", 1, 16)
-    attention_resolutions: tuple[int, ...] = size(
+    model_channels: int = setting(16, "channels of the network's first level", 4, 4096)
+    channel_mult: tuple[int, ...] = setting((1, 2), "channels of each level, times these", 1, 64)
+    num_res_blocks: int = setting(1, "residual blocks per level, one more on the way up", 1, 16)
+    attention_resolutions: tuple[int, ...] = setting(
         (0,), "heights of the levels with attention; 0: only the middle has it", 0, 8192)
-    dropout: float = size(0.0, "share of activations dropped in training", 0.0, 0.99)
-    num_groups: int = size(1, "groups of each GroupNorm", 1, 4096)
-    patch_size: int = size(2, "side of the pixel squares that become one; 1 is the paper", 1, 64)
-    image_shape: tuple[int, ...] = size((1, 28, 28), low=1, high=8192)       # channels first
-    num_classes: int = size(0, low=0, high=10**4)     # one more label, num_classes, means "none"
+    dropout: float = setting(0.0, "share of activations dropped in training", 0.0, 0.99)
+    num_groups: int = setting(1, "groups of each GroupNorm", 1, 4096)
+    patch_size: int = setting(2, "side of the pixel squares that become one; 1 is the paper", 1, 64)
+    image_shape: tuple[int, ...] = setting((1, 28, 28), low=1, high=8192)       # channels first
+    num_classes: int = setting(0, low=0, high=10**4)     # one more label, num_classes, means "none"
 
 
 # The paper's network for CIFAR10: Ho appendix B

@@ -4,16 +4,11 @@ A setting without help is no option; it is set from the data.  To compute someth
 settings that differ on the command line, or write another preset below.
 """
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ddpm import Schedule, cosine, linear
-from unet import PAPER, Architecture
-
-
-def setting(default, help="", low=None, high=None, choices=None):
-    """A field of a settings class.  low .. high: the range of a number, or of each of several."""
-    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+from unet import PAPER, Architecture, setting
 
 
 def flag(name: str) -> str:
@@ -116,7 +111,7 @@ KEEP = ("left", "right", "top", "bottom", "centre", "coarse")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn.  The defaults are Algorithm 2."""
+    """How images are drawn.  The defaults are Algorithm 2, with x̂_0 clipped."""
 
     sampler: str = setting("ddpm", "ddpm: Algorithm 2; ddim: deterministic with --eta 0; dpm: for "
                            "few steps", choices=("ddpm", "ddim", "dpm"))

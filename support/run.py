@@ -68,8 +68,8 @@ class Run:
     def restore(self, path: Path, found: dict[str, Tensor], metadata: dict[str, str]):
         """Become the run that was saved.  Raises ValueError, with the name, for what differs."""
         with parsing(path, "the checkpoint of a run"):
-            for p in self.net.parameters():          # a step down no gradient moves nothing, and
-                p.grad = torch.zeros_like(p)         # makes the optimizers' state
+            for p in self.net.parameters():          # a step with gradients of 0 leaves the weights
+                p.grad = torch.zeros_like(p)         # and makes the optimizers' state
             for optimizer in self.optimizers:
                 optimizer.step()
             log, ours = found.pop("log", torch.zeros(0)), self.tensors()
@@ -131,7 +131,7 @@ def open_run(folder: Path, device: torch.device, named: dict, resume: bool,
     """The run, all images and their labels, in a folder that is locked.  Nothing is written here.
 
     named: the settings of the command line; a run that goes on takes only --steps and --data from
-    it.  weights: a network to begin with.  Raises ValueError or OSError for all that can be mended.
+    it.  weights: a network to begin with.  Raises ValueError or OSError, saying what to do.
     """
     path, begun = folder / CHECKPOINT, PRESETS[named.get("preset", "digits")]
     if resume != path.exists():

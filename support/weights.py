@@ -45,7 +45,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         header = json.loads(file.read(size))
         body, metadata, tensors = bytearray(file.read()), header.pop("__metadata__", {}), {}
         if zlib.crc32(body) != int(metadata.get("crc32", f"{zlib.crc32(body):x}"), 16):
-            raise ValueError("its checksum is another")
+            raise ValueError("its bytes do not match its checksum")
         for name, entry in header.items():
             (start, end), dtype = entry["data_offsets"], DTYPES[entry["dtype"]]
             flat = torch.frombuffer(memoryview(body)[start:end], dtype=dtype) if end > start else (
