@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 
 def setting(default, help="", low=None, high=None, choices=None):
-    """A field of a settings class.  low .. high: the range of a number, or of each of several."""
+    """A field of a settings class; low .. high is the range of a number, or of each of several."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 
