@@ -11,7 +11,7 @@ import posterior
 import sample
 import train
 from support.config import PRESETS
-from support.testing import near, proved
+from support.testing import FORMULAS, near, proved
 from support.testing_letters import Letters
 from unet import time_embedding
 
@@ -39,14 +39,9 @@ def symbols_at(schedule, t, **named):
             "A2": posterior.A2(t, schedule), **named}
 
 
-FORMULAS = (ddpm.q_step, ddpm.q_marginal, ddpm.q_sample, ddpm.variance_at, ddpm.snr,
-            ddpm.x0_from_eps,
-            ddpm.eps_from_x0, posterior.beta_tilde, posterior.A1, posterior.A2, posterior.posterior,
-            posterior.reverse_mean, posterior.matching_mean, posterior.matching_x0, posterior.C,
-            posterior.matching_eps, posterior.score, posterior.tweedie_mean)
 SYMBOLS = dict(x_prev="x_{t−1}", x0="x_0", x0_hat="x̂_0", x_t="x_t", eps="ε", eps_hat="ε_θ",
-               mu="μ_θ",
-               mu_tilde="μ̃", sigma2="σ_t²", variance_0="Var x_0", score_t="∇ log q(x_t)")
+               mu="μ_θ", mu_tilde="μ̃", sigma2="σ_t²", variance_0="Var x_0",
+               score_t="∇ log q(x_t)")
 
 
 @proved(first=2)

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
-import ddpm
 import posterior
 import sample
-from ddpm import Schedule, linear, q_marginal, q_step, schedule_of
-from posterior import A1, A2, beta_tilde, kl, reverse_mean, reverse_step
-from support.testing import PAPER, betas, near, pixels
+from ddpm import Schedule, linear, schedule_of
+from posterior import beta_tilde, kl
+from support.testing import FORMULAS, PAPER, betas, near, of_numbers, pixels
 
 DIGITS = Context(prec=100, Emin=MIN_EMIN, Emax=MAX_EMAX)
 
@@ -59,45 +58,24 @@ def precise_tables(beta):
     return Schedule(1 - alpha, alpha, alpha_bar, 1 - alpha_bar)
 
 
-FORMULAS = {
-    "Ho (2)": lambda a, b, t, s: q_step(a, t, s)[0],
-    "Ho (4), mean": lambda a, b, t, s: q_marginal(a, t, s)[0],
-    "Ho (4), variance": lambda a, b, t, s: q_marginal(a, t, s)[1],
-    "Ho (4), x_t": lambda a, b, t, s: ddpm.q_sample(a, t, b, s),
-    "V4, variance": lambda a, b, t, s: ddpm.variance_at(t, a ** 2, s),
-    "V4, SNR": lambda a, b, t, s: ddpm.snr(t, s),
-    "Ho (9), x_0": lambda a, b, t, s: ddpm.x0_from_eps(a, t, b, s),
-    "Ho (9), eps": lambda a, b, t, s: ddpm.eps_from_x0(a, t, b, s),
-    "Ho (7), A1": lambda a, b, t, s: A1(t, s),
-    "Ho (7), A2": lambda a, b, t, s: A2(t, s),
-    "Ho (7), beta_tilde": lambda a, b, t, s: beta_tilde(t, s),
-    "Ho (7), mean": lambda a, b, t, s: posterior.posterior(a, b, t, s)[0],
-    "Ho (11)": lambda a, b, t, s: reverse_mean(a, b, t, s),
-    "Ho (11), step": lambda a, b, t, s: reverse_step(a, 0 * a, t, b, s.beta[t], s),
-    "Ho (12)": lambda a, b, t, s: posterior.matching_eps(a, b, t, s.beta[t], s),
-    "V11": lambda a, b, t, s: posterior.matching_x0(a, b, t, s.beta[t], s),
-    "score": lambda a, b, t, s: posterior.score(a, t, s),
-    "Tweedie": lambda a, b, t, s: posterior.tweedie_mean(a, b, t, s),
-    "DDIM, respaced": lambda a, b, t, s: sample.respaced(s, [0, t]).beta[1],
-}
-
-
-@pytest.mark.parametrize("formula", FORMULAS.values(), ids=FORMULAS)
-@given(beta=st.lists(betas, min_size=2, max_size=12), data=st.data(), a=pixels, b=pixels)
-@example(beta=[1e-7, 1 - 1e-7, 1e-7, 0.5], data=None, a=1.0, b=0.5)
-@example(beta=[1e-7] * 3, data=None, a=1.0, b=0.5)
-def test_float64_keeps_its_digits(formula, beta, data, a, b):
+@pytest.mark.parametrize("formula", [
+    *FORMULAS, lambda t, schedule: sample.respaced(schedule, [0, t]).beta[1]])
+@given(beta=st.lists(betas, min_size=2, max_size=12), data=st.data(), x=pixels, y=pixels, z=pixels)
+@example(beta=[1e-7, 1 - 1e-7, 1e-7, 0.5], data=None, x=1.0, y=0.5, z=0.5)
+@example(beta=[1e-7] * 3, data=None, x=1.0, y=0.5, z=0.5)
+def test_float64_keeps_its_digits(formula, beta, data, x, y, z):
     """Rounding: each formula, for any schedule, against its exact value (to a hundred digits).
 
     The tables lose |ln ᾱ_t| roundings; the terms that cancel are as large as the formula's value
-    for the signs of a and b that make it largest.
+    for the signs of y and z that make it largest.
     """
     schedule = schedule_of(beta)
     exact = precise_tables(schedule.beta)
     for t in [data.draw(st.integers(1, schedule.T))] if data else range(1, schedule.T + 1):
-        near(formula(a, b, t, schedule), formula(Precise(a), Precise(b), t, exact),
-             condition=1 - math.log(schedule.alpha_bar[t]),
-             scale=max(abs(formula(a, sign * b, t, schedule)) for sign in (1, -1)))
+        terms = [np.abs(of_numbers(formula, t, schedule, x, a, b)) for a in (y, -y) for b in (z, -z)]
+        near(of_numbers(formula, t, schedule, x, y, z),
+             of_numbers(formula, t, exact, *map(Precise, (x, y, z))),
+             condition=1 - math.log(schedule.alpha_bar[t]), scale=np.max(terms, axis=0))
 
 
 @given(pixels, st.floats(1e-6, 10), pixels, st.floats(1e-6, 10) | st.floats(-1e-6, 1e-6))

@@ -9,6 +9,8 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
+import ddpm
+import posterior
 from ddpm import Schedule
 from support.testing_letters import POSITIVE, Letters
 
@@ -49,7 +51,6 @@ def evenly(T, beta_1, beta_T):
     return tables(np.linspace(beta_1, beta_T, T))
 
 
-ONE_STEP = tables([0.3])
 PAPER = evenly(1000, 1e-4, 0.02)
 
 betas = st.floats(1e-7, 1 - 1e-7) | st.floats(-16, -0.001).map(math.exp)
@@ -60,11 +61,20 @@ pixels = st.floats(-3, 3).map(lambda x: round(x, 9))            # whose squares 
 images = arrays(np.float64, array_shapes(max_dims=3, max_side=3), elements=pixels)
 
 
-@st.composite
-def moments(draw_from, first=1):
-    """A schedule and a time in first..T."""
-    schedule = draw_from(schedules)
-    return schedule, draw_from(st.integers(first, schedule.T))
+# ── Formulas ──────────────────────────────────────────────────────────────────────────────────────
+
+FORMULAS = [ddpm.q_step, ddpm.q_marginal, ddpm.q_sample, ddpm.variance_at, ddpm.snr,
+            ddpm.x0_from_eps, ddpm.eps_from_x0, posterior.beta_tilde, posterior.A1, posterior.A2,
+            posterior.posterior, posterior.reverse_mean, posterior.matching_mean,
+            posterior.matching_x0, posterior.C, posterior.matching_eps, posterior.score,
+            posterior.tweedie_mean]
+
+
+def of_numbers(function, t, schedule, x, y, z):
+    """A formula of any kind of numbers: x is x_t, y is x_0 or what is compared with x, z is ε."""
+    given = dict(t=t, schedule=schedule, sigma2=schedule.beta[t], x_prev=x, x_t=x, x0=y, eps=z,
+                 x0_hat=x, eps_hat=x, mu_tilde=y, mu=x, score_t=y, variance_0=y ** 2)
+    return function(*(given[name] for name in inspect.signature(function).parameters))
 
 
 # ── Claims ────────────────────────────────────────────────────────────────────────────────────────
