@@ -72,8 +72,7 @@ def test_the_formulas_beside_the_paper_are_what_is_computed():
     x_t, x0, x0_prev, z, eta, v = 0.3, -0.4, 0.7, 1.1, 0.6, posterior.beta_tilde(3, schedule)
     symbols = symbols_at(schedule, t, **{
         "ε_θ": ddpm.eps_from_x0(x_t, t, x0, schedule), "x̂_0": x0, "x̂_prev": x0_prev, "z": z,
-        "η": eta,
-        "½": 0.5, "v_1": 0.2, "v_2": 0.5, "m_1": 0.3, "m_2": -0.1, "x_t": x_t})
+        "η": eta, "½": 0.5, "v_1": 0.2, "v_2": 0.5, "m_1": 0.3, "m_2": -0.1, "x_t": x_t})
     for key, k in ("t", 3), ("{t−1}", 2), ("{t+1}", 4):
         symbols[f"SNR_{key}"] = ddpm.snr(k, schedule)
         symbols[f"λ_{key}"] = np.log(ddpm.snr(k, schedule)) / 2
