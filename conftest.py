@@ -24,8 +24,7 @@ TINY = ["--batch", "16", "--T", "20", "--beta-T", "0.5", "--dropout", "0.1", "--
 
 @pytest.fixture(autouse=True, scope="session")
 def full_float32():
-    """No TF32 where a GPU is held against NumPy; and one thread: for small tensors more cost time.
-    """
+    """No TF32 where a GPU is held against NumPy; one thread: for small tensors more cost time."""
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False
 
