@@ -206,8 +206,8 @@ def test_the_network_is_trained_on_what_algorithm_1_says(coloured, call, watched
     (dict(T=5, beta_1=0.2, beta_T=0.7), ddpm.linear(5, 0.2, 0.7)), ({}, ddpm.linear())])
 def test_the_noise_is_that_of_the_named_schedule(named, schedule, call, watched, monkeypatch):
     """--schedule, --T, --beta-1, --beta-T: black images in training have mean −√ᾱ_t and variance
-    1 − ᾱ_t, to five standard errors of 64 pixels a t.  Each picture takes ten steps, at the squares
-    of 1 .. 10, from the same noise.  Before, L_T is told, and the label that is held out alone.
+    1 − ᾱ_t, to five standard errors of 64 pixels a t.  Drawing: each picture takes ten steps, at
+    the squares of 1 .. 10, from the same noise.  Data: the label that is held out alone is told.
     """
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     labels = np.arange(50) % 2
@@ -374,8 +374,8 @@ def test_the_same_pictures_whatever_the_batch(named, trained, call, monkeypatch)
     (["-n", 3, "--keep", "coarse"], (6, 3, 8), 0, None),
     (["-n", 2, "--start", 9], (6, 2, 8), 0, None)])
 def test_pictures_of_all_kinds(argv, size, frames, labels, trained, tiny, call):
-    """A sheet, a column per class, columns of original, kept, four different completions that keep
-    the known half exactly; animations.  .npz: the images, the last frame, the labels followed.
+    """A sheet, a column per class; --keep: columns of original, kept, four different completions
+    with the known half exact; animations.  .npz: images, the last frame, the labels followed.
     """
     argv = ["--weights", trained[0] / "checkpoint.safetensors", "--sampler", "ddim", "--steps", 3,
             "--device", "cpu", *argv]
