@@ -1,11 +1,12 @@
-"""How hard Hypothesis looks: the same few examples every time,
-or `pytest --hypothesis-profile=deep`; and scripts run as a user runs them, in this process.
+"""How hard Hypothesis looks, the same few examples each time or `pytest --hypothesis-profile=deep`;
+and scripts run as a user runs them, in this process.
 """
 import contextlib
 import io
 import signal
 import sys
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +15,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 COMMON = dict(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
-for name in ("default", "ci"):
-    settings.register_profile(name, derandomize=True, max_examples=60, database=None, **COMMON)
+settings.register_profile("default", derandomize=True, max_examples=60, database=None, **COMMON)
 settings.register_profile("deep", max_examples=5000, **COMMON)
 settings.load_profile("default")
 
@@ -24,9 +24,7 @@ TINY = ["--batch", "16", "--T", "20", "--beta-T", "0.5", "--dropout", "0.1", "--
 
 @pytest.fixture(autouse=True, scope="session")
 def full_float32():
-    """float32 means float32: no TF32 where the tests hold a GPU against NumPy.  And one thread: on
-    tensors as small as these more cost time.
-    """
+    """No TF32 where a GPU is held against NumPy; one thread: for small tensors more cost time."""
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False
 
@@ -42,9 +40,8 @@ def example_names(doctest_namespace):
 def in_process(module, *argv):
     """Run a script's main() as its last lines do: (exit status, stdout, stderr)."""
     from support.console import run_script
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-               if hasattr(signal, name)]
-    handlers = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    handlers = {number: signal.signal(number, signal.default_int_handler)
+                for number in signal.valid_signals() & {1, 2, 15}}          # Windows has no SIGHUP
     status = 0
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), \
             contextlib.redirect_stdout(io.StringIO()) as text, \
@@ -55,7 +52,7 @@ def in_process(module, *argv):
             run_script(module.main)
         except SystemExit as end:
             status = end.code or 0
-    for number, handler in zip(numbers, handlers):
+    for number, handler in handlers.items():
         signal.signal(number, handler)
     torch.use_deterministic_algorithms(False)
     return status, text.getvalue(), errors.getvalue()
@@ -92,11 +89,7 @@ def trained(tiny, tmp_path_factory):
 
 @pytest.fixture
 def short(monkeypatch):
-    """Training logs, saves and draws every second step, four images in one step of the sampler:
-    enough to differ when the weights do.
-    """
-    from dataclasses import replace
-
+    """Training logs, saves and draws every second step: four images in one step of the sampler."""
     import sample
     import train
     monkeypatch.setattr(train, "LOG_EVERY", 2)
@@ -123,9 +116,7 @@ def watched(monkeypatch):
 
 @pytest.fixture
 def coloured(tmp_path):
-    """40 images: red tells which, green whether it is mirrored or upside down, blue is a quarter.
-    Four labels.
-    """
+    """40 images: red tells which, green whether mirrored or upside down, blue is a quarter."""
     images = np.zeros((40, 8, 8, 3), np.uint8)
     images[..., 0] = 5 * np.arange(40)[:, None, None]
     images[:, :, 4:, 1], images[:, 0, :, 1], images[..., 2] = 200, 100, 64
