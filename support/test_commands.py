@@ -447,7 +447,7 @@ def test_every_option_of_sampling_changes_what_is_drawn(random_network, coloured
 
 def test_the_bound_of_the_held_out_images(random_network, coloured, call, watched, monkeypatch):
     """Ho (5): the network is evaluated on the images that were held out, each with its own label;
-    then come terms and total, and the distances to the training images, all of them.
+    then come terms, total, rate and distortion, and the distances to all of the training images.
     """
     nearest, clock = Mock(wraps=evaluate.nearest), Mock(monotonic=Mock(side_effect=range(9)))
     monkeypatch.setattr(evaluate, "nearest", nearest)
@@ -462,15 +462,19 @@ def test_the_bound_of_the_held_out_images(random_network, coloured, call, watche
     assert not any(step.training for step in watched)
     assert all(step.label.tolist() == classes for step in watched if len(step.x_t) == 10)
     schedule, (images, _) = ddpm.linear(6, 1e-6, 0.3), files.load(coloured)
-    which = read_off(steps[5], schedule, coloured)[0]
+    which, _, eps = read_off(steps[5], schedule, coloured)
     assert which.tolist() == rows.tolist() and steps[5].label.tolist() == (rows % 4).tolist()
     l_T = posterior.bits_per_dim(posterior.L_T(images[rows] / 127.5 - 1, schedule))
-    for choice in ("beta", "beta_tilde"):
+    for choice in ("beta_tilde", "beta"):
         line, = re.findall(rf"^{choice} .*", text, re.M)
         values = [float(word) for word in line.replace("±", " ").split()[1:]]
         assert values[6] == pytest.approx(values[0] + values[2] + values[4], abs=2e-3)
         assert values[7] == pytest.approx((values[3] ** 2 + values[5] ** 2) ** 0.5, rel=1e-2)
         assert values[0] == pytest.approx(l_T, abs=1e-4)
+    at_1 = re.search(r"^ +1 +(\S+) +(\S+) +(\S+)$", text, re.M).groups()
+    loss = ((steps[5].output.double().numpy() - eps) ** 2).mean()
+    assert [float(each) for each in at_1] == pytest.approx(
+        [loss, values[0] + values[2], 127.5 * (loss / ddpm.snr(1, schedule)) ** 0.5], abs=6e-3)
     assert "−log p(x_0) of 4 held-out" in text and "nearest of 36 training images" in text
     others, perfect, ours = [each.args for each in nearest.call_args_list]
     for name, each in dict(others=others, perfect=perfect, ours=ours).items():
@@ -555,7 +559,8 @@ def unfit(tmp_path_factory):
     "sample --weights e": "not '\\x1b]0;x\\x07",
     "evaluate --data small.npz": "99 images of (8, 8, 1)",
     "evaluate --data bare.npz": "trained with labels 0 .. 9",
-    "evaluate --data eleven.npz": "trained with labels 0 .. 9"}.items())
+    "evaluate --data eleven.npz": "trained with labels 0 .. 9",
+    "evaluate --seed 1": "unrecognized"}.items())
 def test_what_the_user_can_mend_is_told_in_one_line(command, says, unfit, call, monkeypatch):
     """Errors: one line on stderr that names the thing, status 2, no traceback, nothing written;
     names in a stranger's file move no cursor, and fill no screen.
@@ -583,6 +588,8 @@ def script(error):
 
 
 MEMORY = "x.py: not enough memory: a smaller --batch or network or larger --patch-size needs less\n"
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+           if hasattr(signal, name)]
 NO_COMPILER = type("E", (RuntimeError,), dict(__module__="torch._inductor.exc"))
 
 
@@ -594,7 +601,7 @@ NO_COMPILER = type("E", (RuntimeError,), dict(__module__="torch._inductor.exc"))
         (RuntimeError(why), 2, f"x.py: another of the processes has ended: {why}\n")
         for why in ("NCCL", "[gloo/tcp] closed")),
     (NO_COMPILER("no g++\n\nSet …"), 2, "x.py: --compile does not work here: no g++\n"),
-    (signal.SIGINT, 130, ""), (signal.SIGTERM, 143, ""), (signal.SIGHUP, 129, "")])
+    *((number, 128 + number, "") for number in SIGNALS)])
 def test_how_a_script_ends(error, status, says, call, monkeypatch):
     """Memory, --compile: one line says why.  Signals: 128 and the signal's number, not a word.
 
@@ -606,6 +613,19 @@ def test_how_a_script_ends(error, status, says, call, monkeypatch):
     assert call(script(error)) == (status, "a word\n", "another\n" + says)
     monkeypatch.setenv("RANK", "1")
     assert call(script(error)) == (9, "", "")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_second_signal_ends_a_script_at_once(number, call, monkeypatch):
+    """Signals: where the first one is still being obeyed, as a long save may take its time."""
+    monkeypatch.setattr(os, "_exit", Mock(side_effect=SystemExit(9)))
+
+    def main():
+        with contextlib.suppress(SystemExit):
+            signal.raise_signal(number)
+        signal.raise_signal(number)
+    assert call(SimpleNamespace(__name__="x", main=main))[0] == 9
+    os._exit.assert_called_once_with(128 + number)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("unsupported memory format"), KeyError("x")])
