@@ -105,7 +105,7 @@ def test_the_ends_of_figure_9_are_the_two_images(drawn):
 
 
 def test_the_figures_that_are_named_are_drawn(call, monkeypatch):
-    """python figures.py: all, or those named; one line for what is none, or an option not its."""
+    """python figures.py: all, or those named; one line for what is no figure or no option."""
     monkeypatch.setattr(figures, "figure_2", partial(figures.figure_2, points=50, steps=6))
     status, text, errors = call(figures, 2)
     assert status == 0 and not errors and "figure 2: step 6 of 6" in text

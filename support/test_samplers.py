@@ -39,17 +39,6 @@ def test_ddim_with_eta_1_is_the_posterior(device, schedule, data):
     near32(found, draw(*posterior.posterior(x_t, x0, t, schedule), z), condition=10)
 
 
-@given(schedule=mild, data=st.data(), eta=st.floats(0, 1))
-def test_ddim_keeps_the_marginal_for_any_eta(schedule, data, eta):
-    """DDIM: for the true x_0 and any η, x_{t−1} is from q(x_{t−1}|x_0), η² β̃_t of it new noise."""
-    t = data.draw(st.integers(1, schedule.T))
-    eps, z, x0 = np.eye(3)                                 # three images, each fed one of the three
-    found = sample.ddim_step(ddpm.q_sample(x0, t, eps, schedule), t, x0, z, schedule, eta)
-    near((found[:2] ** 2).sum(), schedule.one_minus_alpha_bar[t - 1], scale=1e-3)
-    near(found[2], math.sqrt(schedule.alpha_bar[t - 1]))
-    near(found[1] ** 2, eta ** 2 * (beta_tilde(t, schedule)), scale=1e-3)
-
-
 @on_every_device
 @given(schedule=st.lists(st.floats(0.001, 0.7), min_size=3, max_size=6).map(tables),
        data=st.data())
@@ -82,8 +71,6 @@ def test_dpm_is_its_published_formula_and_with_eta_1_a_posterior_draw(device, sc
                   0.009794089081326758]),
     (Sampling(sigma2="beta_tilde", clip=False),
      [-18.58585917182956, -0.051514292110084556, 0.0021308849068037757, 0.5877906780099192]),
-    (Sampling("ddim", steps=20, eta=0.0, clip=False),
-     [-105.12857411250327, -9.573844393777103, 0.14926231514005536, 56.70111635388783]),
     (Sampling("ddim", steps=20, eta=0.5),
      [-0.9977774239225512, -0.2088157325125671, 0.2435664420670385, 0.9532946599353627])])
 def test_the_samplers_are_those_of_diffusers(sampling, x_0):
@@ -136,7 +123,6 @@ def test_the_times_are_distinct_and_go_from_0_to_T(steps_and_T):
     assert tau[0] == 0 and tau[-1] == T and len(tau) == steps + 1 and np.all(np.diff(tau) >= 1)
     for i, t in enumerate(tau.tolist()):
         assert t == i or abs(t - Fraction(T * i * i, steps * steps)) <= Fraction(1, 2)
-    assert sample.times(1000, 10).tolist() == [0, 10, 40, 90, 160, 250, 360, 490, 640, 810, 1000]
 
 
 class Half(nn.Module):
@@ -410,13 +396,12 @@ def test_of_many_or_large_images_a_part_is_taken(count, side, known, pairs, unse
     ((1, 4, 4), 12_000, 1000, 10_800), ((3, 128, 128), 300, 42, 168)])
 def test_what_is_evaluated_of_many_or_large_images(shape, count, unseen, known, call, monkeypatch):
     """Ho (5), copies: 1,000 images or 16 MB are evaluated, and compared with four times as many."""
-    images = np.zeros((count, *shape[1:], shape[0]), np.uint8)
-    images[:] = (255 * np.arange(count) // count).reshape(-1, 1, 1, 1)
-    np.save("many.npy", images)
-    monkeypatch.setattr(evaluate, "load_network", lambda *_: (Half(), Config(image_shape=shape)))
-    drawn, bound = Mock(), Mock()
-    monkeypatch.setattr(evaluate, "draw_perfectly", drawn)
-    monkeypatch.setattr(evaluate, "print_bound", bound)
+    grey = np.uint8(255 * np.arange(count) // count).reshape(-1, 1, 1, 1)
+    np.save("many.npy", np.broadcast_to(grey, (count, *shape[1:], shape[0])))
+    drawn, bound, loaded = Mock(), Mock(), (Half(), Config(image_shape=shape))
+    for name, mock in (("load_network", lambda *_: loaded), ("draw_perfectly", drawn),
+                       ("print_bound", bound)):
+        monkeypatch.setattr(evaluate, name, mock)
     assert call(evaluate, "--data", "many.npy")[0] == 0
     *_, training, _, others = drawn.call_args.args
     assert (len(training), len(others), len(bound.call_args.args[2])) == (known, 10, unseen)
