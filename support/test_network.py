@@ -130,14 +130,24 @@ def test_a_graph_computes_what_the_network_computes(float32):
         near32(graphed(predict, device, 5, config)(x_t, t), predict(x_t, t).cpu())
 
 
-def test_the_average_is_of_the_parameters_alone():
-    """EMA: buffers, such as tables, are left alone."""
-    net, ema = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
-    for module, value in ((net, 1.0), (ema, 0.0)):
-        nn.init.constant_(module.weight, value)
-        module.register_buffer("table", torch.tensor(value))
+@pytest.mark.parametrize("device", DEVICES)
+def test_channels_last_is_only_an_order_in_memory(device):
+    """EMA, clipping, "is it finite": of channels-last weights and gradients what NumPy says; the
+    average is of the parameters alone: buffers, such as tables, are left as they are.
+    """
+    (w, p), (v, q), (g, grad) = (batch_of(seed, 6, 5, 3, 3, device=device) for seed in range(3))
+    net, ema = nn.Conv2d(5, 6, 3, bias=False), nn.Conv2d(5, 6, 3, bias=False)
+    for table, (module, values) in enumerate([(ema, q), (net, p)]):
+        module.weight = nn.Parameter(values.contiguous(memory_format=torch.channels_last))
+        module.register_buffer("table", torch.tensor(table))
+    net.weight.grad = grad.contiguous(memory_format=torch.channels_last)
     update_ema(ema, net, step=500, decay=0.75)
-    assert ema.weight == 0.25 and ema.table == 0
+    near32(ema.weight, 0.75 * v + 0.25 * w)
+    nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+    near32(net.weight.grad, g * 0.5 / np.linalg.norm(g))
+    assert ema.table == 0 and torch.isfinite(net.weight).all()
+    net.weight.data[5, 4, 2, 1] = math.nan
+    assert not torch.isfinite(net.weight).all()
 
 
 def test_an_untrained_network_predicts_no_noise_and_every_parameter_counts():

@@ -195,9 +195,9 @@ def test_what_is_kept_is_a_projection(keep, rows, columns, seed):
     """completion: P keeps the named half, the centre, or the means over 4 x 4 pixels; P P = P."""
     height, width = 4 * rows, 4 * columns
     P, (x, x32) = projection(keep, height, width), batch_of(seed, 2, 3, height, width)
-    y, x_ = (np.indices((height, width)) + 0.5) / np.reshape([height, width], (2, 1, 1))
-    known = dict(left=x_ < 0.5, right=x_ > 0.5, top=y < 0.5, bottom=y > 0.5,
-                 centre=np.maximum(abs(x_ - 0.5), abs(y - 0.5)) < 0.25)
+    down, across = (np.indices((height, width)) + 0.5) / np.reshape([height, width], (2, 1, 1))
+    known = dict(left=across < 0.5, right=across > 0.5, top=down < 0.5, bottom=down > 0.5,
+                 centre=np.maximum(abs(across - 0.5), abs(down - 0.5)) < 0.25)
     means = x.reshape(2, 3, rows, 4, columns, 4).mean((3, 5)).repeat(4, axis=2).repeat(4, axis=3)
     expected = x * known[keep] if keep in known else means
     near32(P(x32), expected)
