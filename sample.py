@@ -140,11 +140,12 @@ def dpm_step(x_t, t, x0, x0_prev, z, schedule, eta=0.0):
     Its 2M, Lu et al. (2022), arXiv:2211.01095: λ = ln(√ᾱ/√(1−ᾱ)) = ½ ln SNR.  D is x̂_0 as it will
     be half a step ahead, on the line through the two latest predictions.  η = 1 is the solver's
     SDE form.
-    In the first step x̂_0 has no predecessor, in the last λ_0 is infinite: there D = x̂_0.
+    In the first step x̂_0 has no predecessor, in the last λ_0 is infinite, as is λ_{t+1} where
+    ᾱ_{t+1} rounds to 0: there D = x̂_0.
     >>> dpm_step(1.0, 2, 0.5, 0.25, 9.0, ddpm.schedule_of([0.5, 0.5, 0.5]))
     1.0
     """
-    if x0_prev is None or t == 1:
+    if x0_prev is None or t == 1 or schedule.alpha_bar[t + 1] == 0:
         return ddim_step(x_t, t, x0, z, schedule, eta)
     ahead, now, past = (np.log(ddpm.snr(i, schedule)) / 2 for i in (t - 1, t, t + 1))       # λ
     D = x0 + (x0 - x0_prev) * ((ahead - now) / (2 * (now - past)))
