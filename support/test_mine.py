@@ -120,15 +120,15 @@ def cases():
     for test in TESTS:
         marks = getattr(test, "pytestmark", [])
         sets = [mark.args for mark in marks if mark.name == "parametrize"]
-        names = sum((words.split(", ") for words, *_ in sets), [])
-        if ({*inspect.signature(test).parameters} != {*names}
-                or any(mark.name == "skipif" and mark.args[0] for mark in marks)):
+        if any(mark.name == "skipif" and mark.args[0] for mark in marks):
             continue
         for values in itertools.product(*(values for _, values, *_ in sets)):
-            values = sum(([*value] if "," in words else [value]
-                          for value, (words, *_) in zip(values, sets)), [])
-            code = [undecorated(test), *filter(inspect.isfunction, values)]
-            found.append((test, dict(zip(names, values)), code))
+            given = {}
+            for (names, *_), value in zip(sets, values):
+                given |= zip(names.split(", "), value if "," in names else [value])
+            if {*given} == {*inspect.signature(test).parameters}:             # no fixtures
+                code = [undecorated(test), *filter(inspect.isfunction, given.values())]
+                found.append((test, given, code))
     return found
 
 
@@ -168,16 +168,12 @@ def put_alone(file, name, patch):
         patch.setattr(target, part, getattr(call_mine, part))
 
 
-def own_line(file, name, error, which):
-    """Where in a reader's files an error arose, the first place or the last, or else the last line
-    that returns something.
-    """
+def own_line(file, name, error):
+    """Where in a reader's files an error arose, or else the last line that returns something."""
     while error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-                  if Path(frame.filename) in [HERE / file for file in FILES]]
-        if frames:
-            frame = frames[which]
-            return f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}"
+        for frame in traceback.extract_tb(error.__traceback__)[::-1]:
+            if Path(frame.filename) in [HERE / file for file in FILES]:
+                return f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}"
         error = error.__cause__ or error.__context__
     text = (HERE / file).read_text(encoding="utf-8")
     node = functions(text)[name][1]
@@ -201,8 +197,7 @@ def message(file, name, proof, error):
         text = "that does not hold"
     if not isinstance(error, (AssertionError, pytest.fail.Exception, Endless)):
         text = f"{type(error).__name__}: {text}"
-    line = own_line(file, name, error, -1 if proof else 0)
-    return f"{name}: {claim}\n    {text}\n    {line}"
+    return f"{name}: {claim}\n    {text}\n    {own_line(file, name, error)}"
 
 
 class Endless(BaseException):
