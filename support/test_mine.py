@@ -97,18 +97,16 @@ def named(function):
                     yield undecorated(part)
 
 
-THROUGH = (lambda function: "test" in function.__module__ or "." in function.__qualname__,
-           lambda function: function not in EXERCISES, lambda function: True)
-
-
 @functools.cache
 def reached(proof, how):
     """What a proof names and what that names in turn, through the helpers of tests and the methods
     of a class (0), through all that is no exercise (1), or through all (2).
     """
+    through = (lambda f: "test" in f.__module__ or "." in f.__qualname__,
+               lambda f: f not in EXERCISES, lambda f: True)[how]
     found = [proof]
     for function in found:                                # grows
-        if function is proof or THROUGH[how](function):
+        if function is proof or through(function):
             found += [part for part in dict.fromkeys(named(function)) if part not in found]
     return found
 
