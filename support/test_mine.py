@@ -123,7 +123,7 @@ def cases():
         for values in itertools.product(*(values for _, values, *_ in sets)):
             given = {}
             for (names, *_), value in zip(sets, values):
-                given |= zip(names.split(", "), value if "," in names else [value])
+                given |= zip(names.split(", "), value if "," in names else [value], strict=True)
             if {*given} == {*inspect.signature(test).parameters}:             # no fixtures
                 code = [undecorated(test), *filter(inspect.isfunction, given.values())]
                 found.append((test, given, code))
