@@ -58,27 +58,25 @@ def test_the_exercises_are_ours_without_the_equations(call):
     status, text, _ = call(exercises, "mine")
     assert status == 0 and text.startswith(f"{len(ORDER)} functions to write") and len(ORDER) > 40
     start = Path("mine/START.md").read_text("utf-8")
-    given = {part: Path("mine", part).read_text("utf-8")
-             for file in FILES for part in (Path(file), Path("ours", file))}
     assert re.findall("^- `(.*)`: (.*)$", start, re.M) == [(name, tag) for _, name, tag in ORDER]
-    for file in FILES:
-        before, after = ((folder / file).read_text("utf-8") for folder in (ROOT, Path("mine")))
-        blank = [name for place, name, _ in ORDER if place == file]
-        assert after.count(BLANK) == len(blank) > 5 and BLANK not in before
-        for name in blank:
-            fill("mine", file, name, ours(file, name))
-        assert ast.dump(ast.parse(before)) == ast.dump(ast.parse(Path("mine", file).read_text()))
-        assert Path("mine/ours", file).read_text("utf-8") == before
-        docs = {node.name: ast.get_docstring(node) or "" for node in ast.parse(before).body
-                if hasattr(node, "name")}
-        assert all(">>> " in docs[name.split(".")[0]] for name in blank)       # an expected value
-        assert {name for name, (line, _) in functions(before).items() if "Ho (" in line} <= {*blank}
+    call(exercises, "blank")
+    for file, name, _ in ORDER:
+        fill("mine", file, name, ours(file, name))
     status, _, errors = call(exercises, "mine")
     assert status == 2 and "is there already" in errors
     python("-m", "support.exercises", "again")
     for file in FILES:
-        for part in (Path(file), Path("ours", file)):
-            assert Path("mine/again", part).read_text("utf-8") == given[part]
+        before, blank, written = texts = [
+            Path(folder, file).read_text("utf-8") for folder in (ROOT, "blank", "mine")]
+        assert ast.dump(ast.parse(before)) == ast.dump(ast.parse(written))
+        assert [Path("mine", folder, file).read_text("utf-8") for folder in (
+            "ours", "again/ours", "again")] == [before, before, blank]
+        names = [name for place, name, _ in ORDER if place == file]
+        assert [text.count(BLANK) for text in texts] == [0, len(names), 0] and len(names) > 5
+        docs = {node.name: ast.get_docstring(node) for node in ast.parse(before).body
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        assert all(">>> " in docs[name.split(".")[0]] for name in names)       # an expected value
+        assert {name for name, (line, _) in functions(before).items() if "Ho (" in line} <= {*names}
 
 
 def test_what_is_to_be_derived_is_not_printed(call):
@@ -128,15 +126,16 @@ def test_a_hand_in_is_marked_by_our_proofs_and_in_words(call):
     """
     call(exercises, "mine")
     Path("mine/test_mine.py").write_text(""), Path("mine/ours/ddpm.py").unlink()
-    bodies = dict(
-        naive_step="x_t = np.sqr(beta)\nreturn x_t",
-        x0_from_eps="return x_t - schedule.alpha[t] * eps",
-        snr="return schedule.alpha_bar[t] / (1 - schedule.alpha_bar[t])",
-        variance_at="print('noise ' * 99)\na = schedule.alpha_bar[t]\n"
-                    "return a * variance_0 + schedule.one_minus_alpha_bar[t]\n" + BLANK)
-    if ALL:
-        bodies["l_simple"] = "while True:\n    pass"
-    for name, body in bodies.items():
+    bodies = {
+        ("naive_step", "WRONG"): "x_t = np.sqr(beta)\nreturn x_t",
+        ("x0_from_eps", "WRONG"): "return x_t - schedule.alpha[t] * eps",
+        ("snr", "RIGHT, BUT IT LOSES DIGITS"):
+            "return schedule.alpha_bar[t] / (1 - schedule.alpha_bar[t])",
+        ("variance_at", "RIGHT"):
+            "print('noise ' * 99)\na = schedule.alpha_bar[t]\n"
+            "return a * variance_0 + schedule.one_minus_alpha_bar[t]\n" + BLANK,
+        **({("l_simple", "WRONG"): "while True:\n    pass"} if ALL else {})}
+    for (name, _), body in bodies.items():
         fill("mine", "ddpm.py", name, body)
     text = Path("mine/ddpm.py").read_text("utf-8").replace("def cosine", "def cosinus")
     text = re.sub('(?s)    """Var x_t.*?"""\n', "", text)                # a docstring is deleted
@@ -144,12 +143,8 @@ def test_a_hand_in_is_marked_by_our_proofs_and_in_words(call):
     fill("mine", "sample.py", "times", "return np.arange(")
     done = python("-m", "support.exercises", "--mark", Path("mine").resolve(), folder=ROOT)
     marks = dict(re.findall(r"\[(\S+(?:: \S+)?)\] ([A-Z ,]+?)  ", done.stdout))
-    expected = {
-        "ddpm.py: cosine": "WRONG", "ddpm.py: naive_step": "WRONG",
-        "ddpm.py: variance_at": "RIGHT", "ddpm.py: snr": "RIGHT, BUT IT LOSES DIGITS",
-        "ddpm.py: x0_from_eps": "WRONG", "sample.py": "WRONG"}
-    expected |= {"ddpm.py: l_simple": "WRONG"} if ALL else {}
-    assert done.returncode == 1 and marks == expected, done.stdout
+    assert done.returncode == 1 and marks == {"ddpm.py: cosine": "WRONG", "sample.py": "WRONG"} | {
+        f"ddpm.py: {name}": mark for name, mark in bodies}, done.stdout
     for said in ("ddpm.py has no `def cosine` any more", "naive_step: V1: ", ": x_t = np.sqr(beta)",
                  "has no attribute 'sqr'", "x0_from_eps: Ho (9, 15), N5: ", ", the claim says ",
                  ": return x_t - schedule.alpha[t] * eps", 'File "sample.py", line ',

@@ -97,18 +97,16 @@ def named(function):
                     yield undecorated(part)
 
 
-THROUGH = (lambda function: "test" in function.__module__ or "." in function.__qualname__,
-           lambda function: function not in EXERCISES, lambda function: True)
-
-
 @functools.cache
 def reached(proof, how):
     """What a proof names and what that names in turn, through the helpers of tests and the methods
     of a class (0), through all that is no exercise (1), or through all (2).
     """
+    through = (lambda f: "test" in f.__module__ or "." in f.__qualname__,
+               lambda f: f not in EXERCISES, lambda f: True)[how]
     found = [proof]
     for function in found:                                # grows
-        if function is proof or THROUGH[how](function):
+        if function is proof or through(function):
             found += [part for part in dict.fromkeys(named(function)) if part not in found]
     return found
 
@@ -120,15 +118,15 @@ def cases():
     for test in TESTS:
         marks = getattr(test, "pytestmark", [])
         sets = [mark.args for mark in marks if mark.name == "parametrize"]
-        names = sum((words.split(", ") for words, *_ in sets), [])
-        if ({*inspect.signature(test).parameters} != {*names}
-                or any(mark.name == "skipif" and mark.args[0] for mark in marks)):
+        if any(mark.name == "skipif" and mark.args[0] for mark in marks):
             continue
         for values in itertools.product(*(values for _, values, *_ in sets)):
-            values = sum(([*value] if "," in words else [value]
-                          for value, (words, *_) in zip(values, sets)), [])
-            code = [undecorated(test), *filter(inspect.isfunction, values)]
-            found.append((test, dict(zip(names, values)), code))
+            given = {}
+            for (names, *_), value in zip(sets, values):
+                given |= zip(names.split(", "), value if "," in names else [value], strict=True)
+            if {*given} == {*inspect.signature(test).parameters}:             # no fixtures
+                code = [undecorated(test), *filter(inspect.isfunction, given.values())]
+                found.append((test, given, code))
     return found
 
 
@@ -168,16 +166,12 @@ def put_alone(file, name, patch):
         patch.setattr(target, part, getattr(call_mine, part))
 
 
-def own_line(file, name, error, which):
-    """Where in a reader's files an error arose, the first place or the last, or else the last line
-    that returns something.
-    """
+def own_line(file, name, error):
+    """Where in a reader's files an error arose, or else the last line that returns something."""
     while error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-                  if Path(frame.filename) in [HERE / file for file in FILES]]
-        if frames:
-            frame = frames[which]
-            return f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}"
+        for frame in traceback.extract_tb(error.__traceback__)[::-1]:
+            if Path(frame.filename) in [HERE / file for file in FILES]:
+                return f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}"
         error = error.__cause__ or error.__context__
     text = (HERE / file).read_text(encoding="utf-8")
     node = functions(text)[name][1]
@@ -201,8 +195,7 @@ def message(file, name, proof, error):
         text = "that does not hold"
     if not isinstance(error, (AssertionError, pytest.fail.Exception, Endless)):
         text = f"{type(error).__name__}: {text}"
-    line = own_line(file, name, error, -1 if proof else 0)
-    return f"{name}: {claim}\n    {text}\n    {line}"
+    return f"{name}: {claim}\n    {text}\n    {own_line(file, name, error)}"
 
 
 class Endless(BaseException):
