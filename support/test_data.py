@@ -13,8 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from support import data as files
-from support import pictures
+from support import data as files, pictures
 from support.config import Config
 
 TRIES = settings(max_examples=int(os.environ.get("TRIES", 150)))

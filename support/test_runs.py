@@ -325,7 +325,7 @@ def test_a_network_is_trained_further(classes, ours, tiny, trained, call):
         if ours:
             expected = net(x, t, label) if classes == ours else net(x, t)
             assert torch.allclose(module(x, t, label), expected, atol=1e-5)
-    argv = ["--data", tiny, "--from", "net", "--device", "cpu"]
+    argv = ["--data", tiny, "--steps", 1, "--from", "net", "--device", "cpu"]
     status, _, errors = call(train, *argv, "--T", 7)
     assert status == 2 and "--T is 20 in net: leave it out" in errors
     assert "goes on with the settings of the run" in call(train, *argv, *RESUME, trained[0])[2]
