@@ -118,7 +118,7 @@ def lock(folder: Path, step: int):
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if path.exists() and int(read_tensors(path)[1]["step"]) != step:
-            raise BlockingIOError                           # one that began, or went on, meanwhile
+            raise BlockingIOError               # another has been at work since `step` was read
     except (ImportError, OSError) as error:       # Windows and some file systems have no such locks
         if isinstance(error, BlockingIOError):
             raise ValueError(f"another run is at work in {folder}: wait for its end, or name "

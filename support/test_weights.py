@@ -75,7 +75,8 @@ def test_the_file_is_what_the_format_says(tmp_path):
     (by_hand(bytes(8), __metadata__=dict(crc32="0")), "checksum"),
     (by_hand(bytes(7)), "must be a multiple"), (by_hand(bytes(8), end=4), "shape '[2]' is invalid"),
     (by_hand(bytes(8), shape=(-1, -2)), "invalid shape dimension"),
-    (by_hand(b"", a=7), "a part of it is missing or of another type")])
+    (by_hand(b"", a=7), "a part of it is missing or of another type: 'int' object"),
+    (by_hand(b"", __metadata__=[]), "a part of it is missing or of another type: 'list' object")])
 def test_what_the_format_forbids_is_refused(body, says, tmp_path):
     """safetensors: what is too short, or of another shape, type or checksum: one line."""
     (tmp_path / "x").write_bytes(body)
