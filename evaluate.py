@@ -18,7 +18,7 @@ from ddpm import Schedule
 from sample import default_weights, draw_images, times
 from support.config import Config, Sampling, options, schedule_from
 from support.console import Progress, run_script
-from support.data import DIGITS, fingerprint, held_out_images, load, split, to_batch, to_pixels
+from support.data import DIGITS, held_out_images, load, split, to_batch, to_pixels, trained_on
 from support.devices import autocast, choose_device
 from support.pictures import image_grid, write_png
 from support.weights import load_network
@@ -229,13 +229,12 @@ def main():
         raise ValueError(f"the network was trained with labels 0 .. {config.num_classes - 1}, and "
                          "these images have others")
     unseen = held_out_images(chosen.data or config.data or DIGITS, config, 2, min(1000, most))
-    seen = fingerprint(images, labels) == config.fingerprint
     training, others = split(len(images))
     training = np.random.default_rng(0).permutation(training)[:4 * most]
     print(f"{path} on {next(net.parameters()).device}")
     draw_perfectly(net, config, images[training], None if labels is None else labels[training],
                    images[others[:10]])
-    if not seen and chosen.data is None:
+    if chosen.data is None and not trained_on(config, images, labels):
         return print(f"no bound: {path} was trained on other images than the digits in assets/: "
                      "name some that it has not seen with --data")
     print_bound(net, config, *unseen)

@@ -73,34 +73,36 @@ def split(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fingerprint(images: np.ndarray, labels: np.ndarray | None) -> str:
-    """Tells one data set from another: the number of images, a checksum of 1,000 and all labels."""
-    checksum = 0 if labels is None else zlib.crc32(labels.tobytes())
+    """The number of images, a checksum of 1,000 and all labels, and one without the labels."""
+    both, alone = 0 if labels is None else zlib.crc32(labels.tobytes()), 0
     for image in images[:1000]:
-        checksum = zlib.crc32(image.tobytes(), checksum)
-    return f"{len(images)}-{checksum:08x}"
+        both, alone = (zlib.crc32(image.tobytes(), checksum) for checksum in (both, alone))
+    return f"{len(images)}-{both:08x}-{alone:08x}"
+
+
+def trained_on(config, images: np.ndarray, labels: np.ndarray | None) -> bool:
+    """Whether these are the images of the network's training, whatever labels lie beside them."""
+    found, theirs = fingerprint(images, labels), config.fingerprint       # earlier ones: two parts
+    return theirs == found[:-9] or theirs.split("-")[::2] == found.split("-")[::2]
 
 
 def held_out_images(path: str | Path | None, config, least: int, most: int) -> tuple:
     """Images that the network has not seen, (N, H, W, C) uint8, and their labels (N,) or None.
 
-    path: None for the data of the training, of which a tenth is held out; of a file of other images
-    all are unseen.  Raises ValueError if there are fewer than `least`, or if the network of
-    `config` draws images of another size or was trained on other data than those at None.
+    path: None for the data of the training, of which a tenth is held out; of other images all are
+    unseen.  Raises ValueError for fewer than `least`, another size, or other images at None.
     """
     images, labels = load(path or config.data, with_labels=config.num_classes > 0)
-    others = fingerprint(images, labels) != config.fingerprint
-    if path is None and others:
+    seen = trained_on(config, images, labels)
+    if path is None and not seen:
         raise ValueError(f"the network was trained on other images than {config.data or DIGITS}: "
                          "name images that it has not seen with --data")
-    unseen, (channels, *size) = split(len(images))[1], config.image_shape
-    if others:
-        unseen = np.random.default_rng(0).permutation(len(images))
-    if len(unseen) < least or images.shape[1:] != (*size, channels):
+    unseen = split(len(images))[1] if seen else np.random.default_rng(0).permutation(len(images))
+    size = (*config.image_shape[1:], config.image_shape[0])
+    if len(unseen) < least or images.shape[1:] != size:
         raise ValueError(f"{path or config.data or DIGITS} has {len(unseen)} images of "
-                         f"{images.shape[1:]} that it has not seen; needed are {least} of "
-                         f"{(*size, channels)}")
-    unseen = unseen[:most]
-    return images[unseen], None if labels is None else labels[unseen]
+                         f"{images.shape[1:]} that it has not seen; needed are {least} of {size}")
+    return images[unseen[:most]], None if labels is None else labels[unseen[:most]]
 
 
 # ── Files ─────────────────────────────────────────────────────────────────────────────────────────
