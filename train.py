@@ -245,8 +245,8 @@ def main():
     device = devices.start_processes(asked.device, asked.deterministic)
     if "preset" in how:
         settings["preset"] = asked.preset
-    run, images, labels = open_run(out, device, settings, asked.resume, asked.from_)
-    with lock(out, run.step):
+    with lock(out):
+        run, images, labels = open_run(out, device, settings, asked.resume, asked.from_)
         announce(run, images, labels)
         stopped = train(run, images, labels, out, asked.compile)
     if stopped:

@@ -107,18 +107,15 @@ class Run:
                                                 step=str(self.step)))
 
 
-def lock(folder: Path, step: int):
+def lock(folder: Path):
     """An open file: until it is closed, or its process ends, this raises ValueError for others."""
     if processes()[0] > 0:
         return open(os.devnull)
-    path = folder / CHECKPOINT
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.exists() and int(read_tensors(path)[1]["step"]) != step:
-            raise BlockingIOError               # another has been at work since `step` was read
     except (ImportError, OSError) as error:       # Windows and some file systems have no such locks
         if isinstance(error, BlockingIOError):
             raise ValueError(f"another run is at work in {folder}: wait for its end, or name "
@@ -131,7 +128,7 @@ def lock(folder: Path, step: int):
 
 def open_run(folder: Path, device: torch.device, named: dict, resume: bool,
              weights: str | None = None) -> tuple:
-    """The run, all images and their labels.  Nothing is written here, and no folder made.
+    """The run, all images and their labels, in a folder that is locked.  Nothing is written here.
 
     named: the settings of the command line; a run that goes on takes only --steps and --data from
     it.  weights: a network to begin with.  Raises ValueError or OSError, saying what to do.
@@ -151,13 +148,7 @@ def open_run(folder: Path, device: torch.device, named: dict, resume: bool,
     if weights:
         net, theirs = load_network(weights, torch.device("cpu"))
         settings = {name: getattr(theirs, name) for name in KEPT} | settings
-    config = replace(begun, **settings)
-    images, labels = load(config.data, config.labels)
-    if config.batch % processes()[1]:
-        raise ValueError(f"--batch {config.batch} is no multiple of {processes()[1]} processes")
-    config = replace(config, fingerprint=fingerprint(images, labels),        # follows from the data
-                     image_shape=(images.shape[3], *images.shape[1:3]),
-                     num_classes=0 if labels is None else int(labels.max()) + 1)
+    config, images, labels = with_data(replace(begun, **settings))
     if resume and begun.fingerprint not in (config.fingerprint, config.fingerprint[:-9]):
         raise ValueError(f"{config.data or DIGITS} holds other images than those the run began "
                          "with: name them with --data")
@@ -169,3 +160,13 @@ def open_run(folder: Path, device: torch.device, named: dict, resume: bool,
         if run.step >= config.steps:
             print(f"complete at step {run.step}: a larger --steps trains it further")
     return run, images, labels
+
+
+def with_data(config: Config) -> tuple:
+    """The settings with what follows from the images; all images, and their labels."""
+    images, labels = load(config.data, config.labels)
+    if config.batch % processes()[1]:
+        raise ValueError(f"--batch {config.batch} is no multiple of {processes()[1]} processes")
+    return replace(config, fingerprint=fingerprint(images, labels),
+                   image_shape=(images.shape[3], *images.shape[1:3]),
+                   num_classes=0 if labels is None else int(labels.max()) + 1), images, labels

@@ -615,19 +615,6 @@ def test_how_a_script_ends(error, status, says, call, monkeypatch):
     assert call(script(error)) == (9, "", "")
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_second_signal_ends_a_script_at_once(number, call, monkeypatch):
-    """Signals: where the first one is still being obeyed, as a long save may take its time."""
-    monkeypatch.setattr(os, "_exit", Mock(side_effect=SystemExit(9)))
-
-    def main():
-        with contextlib.suppress(SystemExit):
-            signal.raise_signal(number)
-        signal.raise_signal(number)
-    assert call(SimpleNamespace(__name__="x", main=main))[0] == 9
-    os._exit.assert_called_once_with(128 + number)
-
-
 @pytest.mark.parametrize("error", [RuntimeError("unsupported memory format"), KeyError("x")])
 @pytest.mark.parametrize("rank", "01")
 def test_a_bug_keeps_its_trace(error, rank, call, monkeypatch):
