@@ -224,17 +224,18 @@ def main():
     path = chosen.weights or default_weights()
     net, config = load_network(path, choose_device(chosen.device))
     most = max(2, 2 ** 21 // np.prod(config.image_shape))     # so many fit into 16 MB of float64
-    images, labels = load(chosen.data or config.data, with_labels=config.num_classes > 0)
+    images, labels = loaded = load(chosen.data or config.data, with_labels=config.num_classes > 0)
     if config.num_classes and (labels is None or labels.max() >= config.num_classes):
         raise ValueError(f"the network was trained with labels 0 .. {config.num_classes - 1}, and "
                          "these images have others")
-    unseen = held_out_images(chosen.data or config.data or DIGITS, config, 2, min(1000, most))
+    unseen = held_out_images(chosen.data or config.data or DIGITS, config, 2, min(1000, most),
+                             loaded)
     training, others = split(len(images))
     training = np.random.default_rng(0).permutation(training)[:4 * most]
     print(f"{path} on {next(net.parameters()).device}")
     draw_perfectly(net, config, images[training], None if labels is None else labels[training],
                    images[others[:10]])
-    if chosen.data is None and not trained_on(config, images, labels):
+    if chosen.data is None and not trained_on(config, images):
         return print(f"no bound: {path} was trained on other images than the digits in assets/: "
                      "name some that it has not seen with --data")
     print_bound(net, config, *unseen)

@@ -149,7 +149,7 @@ def open_run(folder: Path, device: torch.device, named: dict, resume: bool,
         net, theirs = load_network(weights, torch.device("cpu"))
         settings = {name: getattr(theirs, name) for name in KEPT} | settings
     config, images, labels = with_data(replace(begun, **settings))
-    if resume and begun.fingerprint not in (config.fingerprint, config.fingerprint[:-9]):
+    if resume and config.fingerprint != begun.fingerprint:
         raise ValueError(f"{config.data or DIGITS} holds other images than those the run began "
                          "with: name them with --data")
     run = Run(config, device)

@@ -493,9 +493,10 @@ def test_the_bound_of_images_not_seen_before(random_network, coloured, call, wat
     images, labels = files.load(coloured)
     labels[labels == 2] = 3
     labels[files.split(40)[1]] = 2                                     # 2 is held out alone
-    np.savez("other.npz", images=images[::-1], labels=labels)
+    np.savez("other.npz", images=images[::-1], labels=labels + 1)
     status, text, _ = call(evaluate, "--weights", "net", "--data", "other.npz", "--device", "cpu")
     assert status == 0 and "of 40 held-out images" in text and "nearest of 36" in text
+    assert text.count("labels 1 .. 4 become 0 .. 3") == 1
     perfect = next(step for step in watched if len(step.x_t) == 10)
     assert perfect.label.tolist() == [0, 1, 3, 0, 1, 3, 0, 1, 3, 0]
     which = read_off(watched[-1], ddpm.linear(6, 1e-6, 0.3), coloured)[0]

@@ -203,11 +203,12 @@ class Endless(BaseException):
 
 
 def alarm(seconds):
+    """Endless, after so many seconds of work: a busy machine makes no function slow."""
     def stop(*_):
         raise Endless(f"no end after {seconds} seconds")
-    if hasattr(signal, "SIGALRM"):                        # Windows has none
-        signal.signal(signal.SIGALRM, stop)
-        signal.alarm(seconds)
+    if hasattr(signal, "setitimer"):                      # Windows has none
+        signal.signal(signal.SIGPROF, stop)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def is_rounding(proof, error, exact):

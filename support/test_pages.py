@@ -78,7 +78,9 @@ def test_every_command_is_understood():
     commands = re.findall(r"python (train|sample)\.py(?! --help)([^`\n]*)", ALL)
     assert len(commands) > 30
     for script, options in commands:
-        {"train": train, "sample": sample}[script].arguments().parse_args(shlex.split(options))
+        module = {"train": train, "sample": sample}[script]
+        asked = vars(module.arguments().parse_args(shlex.split(options)))
+        assert module is train or Sampling(**asked)
 
 
 def test_what_the_pages_show_is_what_comes_out(trained):
@@ -198,7 +200,8 @@ def figures():
         r"bar\\alpha_T} = (0\.0\d*)": root[1000], r"(\d+)-fold\.": 1 / root[1000],
         r"T = 200\$ leave.*? = ([\d.]+)": ddpm.linear(200).alpha_bar[200] ** 0.5,
         r"takes (0\.\d+) from \$x_0": posterior.A2(3, linear),
-        r"beta_t\$ (\d+)-fold": (C_2 / C_350)[0], r"(\d+)-fold from \$t = 2\$ to": (C_2 / C_350)[1],
+        r"beta_t\$ (\d+)-fold": (C_2 / C_350)[0],
+        r"(\d+)-fold from \$t = 2\$ to|which are (\d+) times as": (C_2 / C_350)[1],
         r"a constant ([\d.]+) bits": constant.sum() / np.log(2),
         r"L_T\$ is ([\d.]+) bits": posterior.bits_per_dim(L_T),
         r"it would be (0\.\d+), with the linear": linear.alpha_bar[1:].mean(),
@@ -244,7 +247,7 @@ def test_the_figures_of_the_pages_are_the_code_s():
             paper.flip) == (1, 32, (16,), 0.1, True)
     least, _ = evaluate.least_loss(*load(), replace(ours, num_classes=10))        # an estimate
     said = float(re.search(r"digits about (0\.\d+) is the least", ALL)[1])
-    assert said == pytest.approx(least, 0.1)
+    assert said == pytest.approx(least, 0.05)
     chart = re.search(r'"A1 \(blue\) and A2 \(red\)"\n(.*?)```', READING, re.S)[1]
     t, *lines = (np.array(ast.literal_eval(line)) for line in re.findall(r"\[.*\]", chart))
     computed = posterior.A1(t, ddpm.linear()), posterior.A2(t, ddpm.linear())
