@@ -162,6 +162,7 @@ def put_alone(file, name, patch):
     for key, value in target.__globals__.items():
         if getattr(value, "__module__", "") == target.__module__:
             setattr(mine, key, value)
+    patch.setattr(target, "__signature__", inspect.signature(target), raising=False)
     for part in ("__code__", "__defaults__", "__kwdefaults__"):
         patch.setattr(target, part, getattr(call_mine, part))
 
