@@ -48,7 +48,8 @@ def one_voice(main: Callable):
     """
     rank = int(os.environ.get("RANK", 0))
     try:
-        with (open(os.devnull, "w") as quiet, redirect_stdout(quiet if rank else sys.stdout),
+        with (open(os.devnull, "w", encoding="utf-8") as quiet,
+              redirect_stdout(quiet if rank else sys.stdout),
               redirect_stderr(quiet if rank else sys.stderr)):
             main()
     except BaseException:

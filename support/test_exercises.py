@@ -64,7 +64,8 @@ def test_the_exercises_are_ours_without_the_equations(call):
         fill("mine", file, name, ours(file, name))
     status, _, errors = call(exercises, "mine")
     assert status == 2 and "is there already" in errors
-    python("-m", "support.exercises", "again")
+    python("-X", "warn_default_encoding", "-W", "error::EncodingWarning", "-m",
+           "support.exercises", "again")
     for file in FILES:
         before, blank, written = texts = [
             Path(folder, file).read_text("utf-8") for folder in (ROOT, "blank", "mine")]
