@@ -29,7 +29,6 @@ from test_math import (PAPER, SHORT, batch_of, evenly, gaussian_trajectory, gene
 
 # ── Fewer steps: DDIM and DPM-Solver++ ────────────────────────────────────────────────────────────
 
-
 @on_every_device
 @given(schedule=mild, data=st.data())
 def test_ddim_with_eta_1_is_the_posterior(device, schedule, data):
@@ -168,7 +167,6 @@ def test_any_number_of_steps_on_any_schedule(sampler, schedule, steps, eta):
 
 # ── Guidance and completion ───────────────────────────────────────────────────────────────────────
 
-
 @on_every_device
 def test_guidance_is_the_line_through_two_predictions(device):
     """CFG: s = 0 is unconditional, s = 1 conditional, all on a line."""
@@ -285,7 +283,6 @@ def test_every_image_has_its_own_noise():
 
 
 # ── The bound, the least loss, copies ─────────────────────────────────────────────────────────────
-
 
 def test_the_estimated_bound_is_exact_for_a_network_off_by_a_constant():
     """Ho (5, 12, 13), V7: no noise is left in the estimate where all images have one error.
