@@ -314,7 +314,7 @@ def arguments():
 
 
 def known_images(sampling, config, device) -> tuple:
-    """Two rows to show, held-out images and what is left of them; and the images, WAYS times."""
+    """Two rows to show, held-out images and what is left of them; and each image WAYS times."""
     from support import config as settings, data, drawing, pictures
 
     if sampling.start > config.T:
@@ -324,9 +324,10 @@ def known_images(sampling, config, device) -> tuple:
     if sampling.keep:
         left = drawing.projection(sampling.keep, *known.shape[2:])(known)
     else:
-        noise = image_noise(sampling.seed, range(sampling.n), config.image_shape, device)
+        first_ways = range(0, WAYS * sampling.n, WAYS)
+        noise = image_noise(sampling.seed, first_ways, config.image_shape, device)
         left = ddpm.q_sample(known, sampling.start, noise(), settings.schedule_from(config))
-    return [originals, pictures.to_pictures(left)], known.repeat(WAYS, 1, 1, 1)
+    return [originals, pictures.to_pictures(left)], known.repeat_interleave(WAYS, dim=0)
 
 
 def main():
@@ -345,7 +346,7 @@ def main():
     above, known = [], None
     if sampling.keep or sampling.start:
         above, known = known_images(sampling, config, device)
-        labels = None if labels is None else np.tile(labels, WAYS)
+        labels = None if labels is None else labels.repeat(WAYS)
         sampling = replace(sampling, n=len(known))
     steps = min(sampling.start or config.T, sampling.steps)
     print(f"{path} on {device}: {sampling.sampler}, {steps} steps"
@@ -356,9 +357,10 @@ def main():
             used = labels is not None and sampling.guidance > 0 and max(labels) < config.num_classes
             np.savez_compressed(file, images=frames[-1], **dict(labels=labels) if used else {})
         else:
-            sheets = [pictures.image_grid(np.concatenate([*above, frame]), columns)
-                      for frame in frames]
-            file.write(pictures.encode_png(sheets))
+            rows = WAYS if above else 1                                      # one for each way
+            sheets = [[*above, *(frame[way::rows] for way in range(rows))] for frame in frames]
+            file.write(pictures.encode_png([pictures.image_grid(np.concatenate(sheet), columns)
+                                            for sheet in sheets]))
     print(f"drawn: {out}, with --seed {sampling.seed}")
 
 

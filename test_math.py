@@ -1000,7 +1000,7 @@ def test_what_is_proved_is_what_trains_and_what_draws(monkeypatch):
                                           iter(noises).__next__)
             yield image.mean().item()
     right, changed = list(results()), {}
-    expected = dict(             # x: another loss; ddpm, without clipping, with beta_tilde; ddim, dpm
+    expected = dict(         # x: another loss; ddpm, without clipping, with beta_tilde; ddim, dpm
         q_sample="x.....", l_simple="x.....", x0_from_eps=".x.xxx", eps_from_x0=".x.xxx",
         reverse_step=".xxx..", beta_tilde="...xxx", reverse_variance=".xxx..")
     for name in expected:

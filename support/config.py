@@ -56,7 +56,8 @@ class Config(Architecture):
     decay: bool = setting(True, "let the learning rate then fall to 0 in a straight line")
     beta2: float = setting(0.99, "Adam's second beta", 0.0, 0.999999)
     grad_clip: float = setting(1.0, "largest norm of the gradient", 1e-9, 1e9)
-    ema_decay: float = setting(0.999, "decay of the weights' moving average", 0.0, 1.0)
+    ema_decay: float = setting(0.999, "largest decay of the weights' moving average, which grows "
+                               "as (1 + step)/(10 + step)", 0.0, 1.0)
     stratified: bool = setting(True, "draw one t from each of as many equal parts of 1 .. T as "
                                "there are images; the paper draws each t alone")
     p_uncond: float = setting(0.1, "share of the images whose label is dropped", 0.0, 1.0)
@@ -134,8 +135,10 @@ class Sampling:
     weights: str | None = setting(None, "a network, a checkpoint or a published network's folder; "
                                   "by default out/checkpoint.safetensors, else the one that ships")
     out: str = setting("out/samples.png", ".png: a grid of the images; .npz: the arrays")
-    animate: bool = setting(False, "every x_t from x_T to x_0, in an animated PNG")
-    data: str | None = setting(None, "with --keep or --start: where the images are from (training)")
+    animate: bool = setting(False, "an animated PNG of x_T to x_0, 41 frames at most; without "
+                            "--keep, below each x_t the x0 predicted from it")
+    data: str | None = setting(None, "with --keep or --start: where the images are from (what was "
+                               "held out of the training)")
     device: str | None = setting(None, "cuda, mps or cpu; by default the best one here")
     seed: int = setting(0, "of the noise", 0, 2**62)
 

@@ -143,7 +143,7 @@ def open_run(folder: Path, device: torch.device, named: dict, resume: bool,
             begun = config_from(metadata)
         if weights or named.keys() - {"steps", "data"}:
             raise ValueError("--resume goes on with the settings of the run: only --steps, --data, "
-                             "--out and --device may be named beside it")
+                             "--out, --device, --deterministic and --compile may stand beside it")
     settings = {name: value for name, value in named.items() if name != "preset"}
     if weights:
         net, theirs = load_network(weights, torch.device("cpu"))

@@ -352,16 +352,19 @@ def test_sampling_draws_what_was_learned(trained, call):
 
 @pytest.mark.parametrize("named", [
     dict(sigma2="beta_tilde"), dict(sampler="ddim", steps=4, eta=0.5),
-    dict(sampler="dpm", steps=4, guidance=2, label=1), dict(keep="left", label=1)])
+    dict(sampler="dpm", steps=4, guidance=2, label=1), dict(keep="left", label=1),
+    dict(start=9, label=1)])
 def test_the_same_pictures_whatever_the_batch(named, trained, call, monkeypatch):
-    """Determinism: the seed decides the images, the batch no more than the rounding of sums."""
+    """Determinism: the seed decides each image, -n nothing, the batch but the rounding of sums."""
     monkeypatch.setattr(devices, "precision", lambda device, float32: "float32")
-    (a, told), (b, _), (c, _), (d, _) = found = [
-        drawn(call, "--weights", trained[0] / "checkpoint.safetensors", "-n", 12, *options(named),
-              *extra) for extra in ([], [], ["--batch", 5], ["--seed", 1])]
+    weights = ["--weights", trained[0] / "checkpoint.safetensors", "-n", 12]
+    (a, told), (b, _), (c, _), (d, _), (first, _) = found = [
+        drawn(call, *weights, *options(named), *extra)
+        for extra in ([], [], ["--batch", 5], ["--seed", 1], ["-n", 3])]
     assert np.array_equal(a, b) and np.abs(a - c).max() <= 1 and np.abs(a - d).max() > 20
+    assert np.abs(a[:len(first)] - first).max() <= 1 and len(a) == 4 * len(first)
     assert told == ([1] * len(a) if "label" in named else [0, 1] * 6)
-    assert all(labels == told for _, labels in found)
+    assert all(labels == told[:len(labels)] for _, labels in found)
 
 
 @pytest.mark.parametrize("argv, size, frames, labels", [
@@ -375,7 +378,8 @@ def test_the_same_pictures_whatever_the_batch(named, trained, call, monkeypatch)
     (["-n", 2, "--start", 9], (6, 2, 8), 0, None)])
 def test_pictures_of_all_kinds(argv, size, frames, labels, trained, tiny, call):
     """A sheet, a column per class; --keep: columns of original, kept, four different completions
-    with the known half exact; animations.  .npz: images, the last frame, the labels followed.
+    with the known half exact; animations.  .npz: images, one after the other in all its ways, the
+    last frame, the labels followed.
     """
     argv = ["--weights", trained[0] / "checkpoint.safetensors", "--sampler", "ddim", "--steps", 3,
             "--device", "cpu", *argv]
@@ -384,6 +388,7 @@ def test_pictures_of_all_kinds(argv, size, frames, labels, trained, tiny, call):
     page, found = decoded(Path("out/samples.png"))
     shown = cells(page, size[2])
     assert shown.shape[:3] == size and len(found) == frames and told == labels
+    images = images.reshape(-1, 4 if size[0] == 6 else 1, *images.shape[1:]).swapaxes(0, 1)
     if size[0] == 6:
         originals = files.load(tiny)[0][files.split(200)[1][:size[1]]]
         assert np.array_equal(shown[0], originals)
@@ -392,6 +397,7 @@ def test_pictures_of_all_kinds(argv, size, frames, labels, trained, tiny, call):
             assert np.array_equal(kept[:, :4], originals[:, :4]) and np.all(kept[:, 4:] == 128)
             assert np.all(shown[:, :, :4] == originals[:, :4])
             assert len({way.tobytes() for way in shown}) == 4
+    images = images.reshape(-1, *images.shape[2:])
     assert np.array_equal(shown.reshape(-1, *shown.shape[2:])[:len(images)], images)
 
 

@@ -220,6 +220,7 @@ def test_muon_has_the_hidden_matrices_and_adam_the_rest():
         hidden = name.startswith(("down", "middle", "up")) and p.ndim > 1
         assert [id(p) in each for each in theirs] == [not hidden, hidden]
     assert (adam.defaults["lr"], muon.defaults["lr"]) == (0.0625, 0.125) and len(theirs[1]) > 10
+    assert adam.defaults["fused"]                      # one kernel, not one for each operation
     assert type(adam) is torch.optim.Adam and adam.defaults["betas"] == (0.9, 0.99)
     assert [type(o) for o in optimizers(net, 0.1, 0.99, 0.0)] == [torch.optim.Adam]
 

@@ -217,8 +217,8 @@ def figures():
         r"([\d,]+) steps of 64(?! equal)": ours.steps, r"([\d,]+) steps of 128": paper.steps,
         r"\| ([\d,]+) of (\d+) images \| ([\d,]+) of (\d+) \|": (
             paper.steps, paper.batch, ours.steps, ours.batch),
-        r"\| ([\d.]+); in the authors' code, .*? of ([\d,]+) steps \| ([\d.]+) and ([\d.]+), "
-        r"a warm-up of (\d+)": (paper.lr, paper.warmup, ours.lr, ours.muon_lr, ours.warmup),
+        r"\| ([\d.]+); in the authors' code, .*? of ([\d,]+) steps \| ([\d.]+), and ([\d.]+) of "
+        r"Muon, a warm-up of (\d+)": (paper.lr, paper.warmup, ours.lr, ours.muon_lr, ours.warmup),
         r"beta_2 = ([\d.]+)\$": ours.beta2,
         r"a decay of (0\.9999) \| .*? up to ([\d.]+) \|": (paper.ema_decay, ours.ema_decay),
         r"only after ([\d,]+) steps": round((10 * 0.9999 - 1) / (1 - 0.9999), -3),

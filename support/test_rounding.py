@@ -72,7 +72,8 @@ def test_float64_keeps_its_digits(formula, beta, data, x, y, z):
     schedule = schedule_of(beta)
     exact = precise_tables(schedule.beta)
     for t in [data.draw(st.integers(1, schedule.T))] if data else range(1, schedule.T + 1):
-        terms = [np.abs(of_numbers(formula, t, schedule, x, a, b)) for a in (y, -y) for b in (z, -z)]
+        terms = [np.abs(of_numbers(formula, t, schedule, x, a, b))
+                 for a in (y, -y) for b in (z, -z)]
         near(of_numbers(formula, t, schedule, x, y, z),
              of_numbers(formula, t, exact, *map(Precise, (x, y, z))),
              condition=1 - math.log(schedule.alpha_bar[t]), scale=np.max(terms, axis=0))

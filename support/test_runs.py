@@ -332,6 +332,9 @@ def test_a_signal_to_one_process_stops_all(monkeypatch):
         others[op](value, torch.tensor(15))))
     assert [devices.over_all(own, CPU, largest=True).item() for own in (0, 2, 15)] == [15, 15, 15]
     assert devices.over_all(2, CPU).item() == 17
+    run = Mock(config=Config(), step=9, device=CPU, log=[])
+    monkeypatch.setattr(console, "on_stop", lambda note: note(2))
+    assert train.reporter(run, None)([torch.zeros(())], False) == 15
 
 
 def test_each_process_has_a_gpu_of_its_own(call, monkeypatch):
