@@ -266,7 +266,9 @@ def test_a_png_holds_its_pixels(shape, tmp_path):
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    """Files: a failure leaves what was there, and names the file; links are not followed."""
+    """Files: a failure leaves what was there, and names the file; links are not followed; all of it
+    is on the disk before it appears.
+    """
     path, link, beside = tmp_path / "a.txt", tmp_path / "link.txt", f".{os.getpid()}.part"
     path.write_bytes(b"old")
     link.symlink_to(path)
@@ -275,11 +277,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         file.write(b"new")
         raise OSError(28, "No space left on device")
     assert caught.value.filename == str(path)
+    on_disk = []
+    monkeypatch.setattr(os, "fsync", lambda file: on_disk.append(os.fstat(file).st_size))
     for new in (link, tmp_path / "new/folder/b.txt"):
         with pictures.atomic_write(new) as file:
             file.write(b"new")
         assert (path.read_bytes(), new.read_bytes(), new.is_symlink()) == (b"old", b"new", False)
-    assert {*tmp_path.iterdir()} == {path, link, tmp_path / "new"}
+    assert {*tmp_path.iterdir()} == {path, link, tmp_path / "new"} and on_disk == [3, 3]
     for other in (tmp_path, os.devnull):
         with pytest.raises(ValueError, match=f"{other} is no file: name another"):
             with pictures.atomic_write(other):
