@@ -840,7 +840,7 @@ def small_unet(seed=0, **changes):
 @pytest.mark.parametrize("formula", FORMULAS)
 @given(schedule=mild, data=st.data())
 def test_tensors_are_computed_as_arrays(device, formula, schedule, data):
-    """Ho (2–15): each formula on float32 tensors is that on float64 arrays, with one t and NumPy's
+    """Tensors: each formula on float32 tensors is that on float64 arrays, with one t and NumPy's
     tables, and with a t for each image and tables that are cast, and nothing else.
     """
     t = data.draw(st.integers(1, schedule.T))

@@ -64,7 +64,8 @@ def precise_tables(beta):
 @example(beta=[1e-7, 1 - 1e-7, 1e-7, 0.5], data=None, x=1.0, y=0.5, z=0.5)
 @example(beta=[1e-7] * 3, data=None, x=1.0, y=0.5, z=0.5)
 def test_float64_keeps_its_digits(formula, beta, data, x, y, z):
-    """Rounding: each formula, for any schedule, against its exact value (to a hundred digits).
+    """Rounding, Ho (2, 4, 7, 8, 9, 11, 12, 15), N5, V4, V9, V11, V12, score: each formula, for any
+    schedule, against its exact value (to a hundred digits).
 
     The tables lose |ln ᾱ_t| roundings; the terms that cancel are as large as the formula's value
     for the signs of y and z that make it largest.
