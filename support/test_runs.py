@@ -161,6 +161,7 @@ def test_a_run_goes_on_further_elsewhere_and_with_moved_data(trained, call, tiny
             open_run(trained[0], CPU, {name: getattr(Config(), name)}, resume=True)
     monkeypatch.setattr(console, "time", Mock(monotonic=Mock(side_effect=range(9))))    # seconds
     rewritten(trained, "run")
+    assert read_tensors(Path("run/checkpoint.safetensors"))[0]["log"].dtype == torch.float64
     Path("moved.npz").write_bytes(tiny.read_bytes())
     status, text, errors = call(train, *RESUME, "run", "--steps", 102, "--data", "moved.npz")
     assert status == 0 and not errors and " · 32 images/s · 0:00:00 left" in text
