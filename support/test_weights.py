@@ -118,8 +118,9 @@ def test_any_bytes_are_a_network_or_refused(tmp_path_factory, changes, in_header
     assert len(generate(net, config, Sampling(steps=1), range(1), label)) == 2
 
 
-def test_the_network_that_ships_predicts_what_it_did():
+def test_the_network_that_ships_predicts_what_it_did(tmp_path, monkeypatch):
     """assets/digits.safetensors: it sees the noise in a digit, and less where t or label differ."""
+    monkeypatch.chdir(tmp_path)                          # where no checkpoint of yours is in out/
     net, config = load_network(sample.default_weights(), CPU)
     images, labels = map(torch.from_numpy, load())
     x0, label = to_batch(images[:50]), labels[:50]
