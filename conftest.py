@@ -41,7 +41,7 @@ def in_process(module, *argv):
     """Run a script's main() as its last lines do: (exit status, stdout, stderr)."""
     from support.console import run_script
     handlers = {number: signal.signal(number, signal.default_int_handler)
-                for number in signal.valid_signals() & {1, 2, 15}}          # Windows has no SIGHUP
+                for number in signal.valid_signals() & {1, 2, 15}}     # SIGHUP, SIGINT, SIGTERM
     status = 0
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), \
             contextlib.redirect_stdout(io.StringIO()) as text, \

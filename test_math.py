@@ -803,6 +803,7 @@ mild = st.lists(st.floats(0.001, 0.7), min_size=1, max_size=6).map(tables)
 def near32(found, exact, condition=1.0):
     """As `near`, for float32: a few dozen roundings of 2⁻²⁴, relative to the largest value."""
     found, exact = torch.as_tensor(found).detach().cpu().double().numpy(), np.asarray(exact)
+    assert found.shape == exact.shape
     near(found, exact, 3e6 * condition, scale=max(np.abs(exact).max(), 1e-30))
 
 
@@ -848,9 +849,10 @@ def test_tensors_are_computed_as_arrays(device, formula, schedule, data):
     for found, exact in zip(cast, schedule):
         assert np.array_equal(found.cpu().numpy(), exact.astype(np.float32))
     xyz, xyz32 = zip(*(batch_of(k, 2, 1, 3, 3, device=device) for k in range(3)))
-    for t, same_t, tables_ in (t, t, schedule), (each, torch.tensor(each, device=device), cast):
-        found = of_numbers(formula, same_t, tables_, *xyz32)
-        exact = of_numbers(formula, t, schedule, *xyz)
+    for numpy_t, torch_t, tables_ in (
+            (t, t, schedule), (each, torch.tensor(each, device=device), cast)):
+        found = of_numbers(formula, torch_t, tables_, *xyz32)
+        exact = of_numbers(formula, numpy_t, schedule, *xyz)
         for pair in zip(found, exact) if isinstance(exact, tuple) else [(found, exact)]:
             near32(*pair)
 

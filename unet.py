@@ -29,7 +29,8 @@ class Architecture:
     channel_mult: tuple[int, ...] = setting((1, 2), "channels of each level, times these", 1, 64)
     num_res_blocks: int = setting(1, "residual blocks per level, one more on the way up", 1, 16)
     attention_resolutions: tuple[int, ...] = setting(
-        (0,), "heights, in patches, of the levels with attention; 0: only the middle has it", 0, 8192)
+        (0,), "heights, in patches, of the levels with attention; 0: only the middle has it",
+        0, 8192)
     dropout: float = setting(0.0, "share of activations dropped in training", 0.0, 0.99)
     num_groups: int = setting(1, "groups of each GroupNorm", 1, 4096)
     patch_size: int = setting(2, "side of the pixel squares that become one; 1 is the paper", 1, 64)

@@ -43,7 +43,7 @@ CLEAR = ["--T", 4, "--beta-1", 1e-6, "--beta-T", 1e-6]       # so little noise t
 SMALL = ["--model-channels", 8, "--device", "cpu"]
 
 
-def options(named):
+def words_of(named):
     """The words of a command line that names these settings."""
     for name, value in named.items():
         yield f"--no-{flag(name)[2:]}" if value is False else flag(name)
@@ -213,7 +213,7 @@ def test_the_noise_is_that_of_the_named_schedule(named, schedule, call, watched,
     labels = np.arange(50) % 2
     labels[files.split(50)[1]] = 2
     np.savez("black.npz", images=np.zeros((50, 8, 8), np.uint8), labels=labels)
-    text = call(train, "--data", "black.npz", "--steps", 3, "--batch", 100, *options(named),
+    text = call(train, "--data", "black.npz", "--steps", 3, "--batch", 100, *words_of(named),
                 *SMALL)[1].split("step 1 ")[0]
     steps = [step for step in watched if step.training]
     mean, variance = ddpm.q_marginal(-1, np.array([step.t.numpy() for step in steps]), schedule)
@@ -241,7 +241,7 @@ def test_bfloat16_is_used_where_it_can_be(float32, coloured, call, watched, monk
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     for script_, argv in (
             (train, ["--data", coloured, "--steps", 1, "--batch", 4, "--model-channels", 8, *CLEAR,
-                     *options(dict(float32=float32))]),
+                     *words_of(dict(float32=float32))]),
             (sample, ["--steps", 1, "-n", 2]), (evaluate, [])):
         text = call(script_, *argv, "--device", "cpu")[1]
         assert {step.bfloat16 for step in watched} == {not float32}
@@ -278,7 +278,7 @@ def test_every_option_of_training_changes_what_is_trained(call, short, monkeypat
 
     def trained_with(**changes):
         named = dict(data="images.npz", steps=3, batch=6, warmup=2) | changes
-        assert call(train, *SMALL, *options(named), "--out", f"out{[*changes]}")[0] == 0
+        assert call(train, *SMALL, *words_of(named), "--out", f"out{[*changes]}")[0] == 0
         found, metadata = read_tensors(Path(f"out{[*changes]}/checkpoint.safetensors"))
         return found, asdict(config_from(metadata))
     plain, settings_ = trained_with()
@@ -312,7 +312,7 @@ def test_a_preset_and_what_is_named_beside_it(tiny, call, short):
     """--preset: its settings, and over them those that are named."""
     named = dict(data=str(tiny), steps=2, model_channels=32, batch=4, T=5, flip=False,
                  attention_resolutions=(4, 2), num_res_blocks=1, channel_mult=(1, 2))
-    assert call(train, "--preset", "cifar10", *options(named), "--device", "cpu")[0] == 0
+    assert call(train, "--preset", "cifar10", *words_of(named), "--device", "cpu")[0] == 0
     found = asdict(config_from(read_tensors(Path("out/checkpoint.safetensors"))[1]))
     assert found == asdict(PRESETS["cifar10"]) | named | dict(image_shape=(1, 8, 8),
                                                               fingerprint=found["fingerprint"])
@@ -359,7 +359,7 @@ def test_the_same_pictures_whatever_the_batch(named, trained, call, monkeypatch)
     monkeypatch.setattr(devices, "precision", lambda device, float32: "float32")
     weights = ["--weights", trained[0] / "checkpoint.safetensors", "-n", 12]
     (a, told), (b, _), (c, _), (d, _), (first, _) = found = [
-        drawn(call, *weights, *options(named), *extra)
+        drawn(call, *weights, *words_of(named), *extra)
         for extra in ([], [], ["--batch", 5], ["--seed", 1], ["-n", 3])]
     assert np.array_equal(a, b) and np.abs(a - c).max() <= 1 and np.abs(a - d).max() > 20
     assert np.abs(a[:len(first)] - first).max() <= 1 and len(a) == 4 * len(first)
@@ -445,9 +445,9 @@ def test_every_option_of_sampling_changes_what_is_drawn(random_network, coloured
     images, labels = files.load(coloured)
     np.savez("turned.npz", images=images[:, ::-1], labels=labels)
     for base, changes in SAMPLING:
-        one, _ = drawn(call, *options(dict(weights="net", n=4) | base))
+        one, _ = drawn(call, *words_of(dict(weights="net", n=4) | base))
         for name, value in ((name, value) for name in changes for value in changes[name]):
-            other, _ = drawn(call, *options(dict(weights="net", n=4) | base | {name: value}))
+            other, _ = drawn(call, *words_of(dict(weights="net", n=4) | base | {name: value}))
             assert one.shape != other.shape or np.abs(one - other).max() > 2, name
 
 
@@ -572,7 +572,7 @@ def test_what_the_user_can_mend_is_told_in_one_line(command, says, unfit, call, 
     name, *argv = command.split(" ")
     module, always = dict(train=(train, dict(steps=1)), evaluate=(evaluate, dict(weights=SHIPPED)),
                           sample=(sample, dict(steps=1, weights=SHIPPED)))[name]
-    status, _, errors = call(module, *options(always), *argv)
+    status, _, errors = call(module, *words_of(always), *argv)
     line, = (line for line in errors.splitlines() if not line.startswith("usage: "))
     assert status == 2 and line.startswith(f"{name}.py: ") and says in line
     assert line.isprintable() and len(line) < 300
