@@ -227,6 +227,9 @@ def figures():
         r"(?:million|train.py`) \| ([\d,]{7}) \|": parameters(UNet(replace(ours, num_classes=10))),
         r"\| ([\d.]+) million": parameters(UNet(PAPER)) / 1e6,
         r"([\d,]+) parameters for CIFAR10": parameters(UNet(PAPER)),
+        r"has (\d+) times as many parameters and takes (\d+) times as many steps": (
+            parameters(UNet(PAPER)) / parameters(UNet(replace(ours, num_classes=10))),
+            paper.steps / ours.steps),
         r"one from each of (\d+) equal": ours.batch,
         r"Algorithm 2 with its ([\d,]+) steps, (\d+) digits": (Sampling().steps, Sampling().n)}
 
